@@ -1,0 +1,34 @@
+"""The softmax toolbox for JAX: exact derivatives, honest losses, certified softmax regression.
+
+The modules, each built on those before it:
+
+* `functional`: `softmax`, `log_softmax`, `logsumexp`, `softmax_jacobian`.
+* `losses`: `cross_entropy`.
+* `objective`: the model (`Params`, `linear_logits`), its regularised loss, and the bound on the distance from
+  the optimum.
+* `solvers`: algorithms on an objective, and their common result (`Fit`, `Status`).
+* `regression`: `fit`, the full-batch softmax regression.
+* `training`: the minibatch trainer for any optax optimiser, used as `from jaxsoftmax import training`.
+
+Shapes are the same everywhere: logits (..., classes), labels (...) integers or (..., classes) probabilities,
+features (examples, features), weights (classes, features), bias (classes,). Losses are in nats.
+"""
+
+from jaxsoftmax.functional import log_softmax, logsumexp, softmax, softmax_jacobian
+from jaxsoftmax.losses import cross_entropy
+from jaxsoftmax.objective import Params, linear_logits
+from jaxsoftmax.regression import fit
+from jaxsoftmax.solvers import Fit, Status
+
+__all__ = [
+    "Fit",
+    "Params",
+    "Status",
+    "cross_entropy",
+    "fit",
+    "linear_logits",
+    "log_softmax",
+    "logsumexp",
+    "softmax",
+    "softmax_jacobian",
+]

@@ -1,0 +1,154 @@
+"""Argument checks on types, dtypes and shapes, made when a function is traced.
+
+Every message names the argument and says what was expected and what came. Values are checked only where
+they are known, see `is_concrete`.
+"""
+
+import operator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+Axis = int | Sequence[int] | None
+
+
+def is_concrete(*values: object) -> bool:
+    """Whether every array among `values` holds known numbers, so that none is being traced."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def array(name: str, value: ArrayLike) -> Array:
+    """`value` as a JAX array."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array of numbers, got {value!r}") from error
+
+
+def real_array(name: str, value: ArrayLike) -> Array:
+    """`value` as a floating-point array; integers and booleans become the default float."""
+    x = array(name, value)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_:
+        return x.astype(jnp.result_type(float))
+    raise TypeError(f"{name} must hold real numbers, got dtype {x.dtype}")
+
+
+def mask_array(name: str, value: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
+    """`value` as a boolean array that broadcasts to `shape`, or None."""
+    if value is None:
+        return None
+    mask = array(name, value)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"{name} must be boolean, got dtype {mask.dtype}")
+    return broadcastable(name, mask, shape)
+
+
+def broadcastable(name: str, value: Array, shape: tuple[int, ...]) -> Array:
+    """`value`, if it broadcasts to `shape` without enlarging it."""
+    try:
+        fits = jnp.broadcast_shapes(value.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} must broadcast to shape {shape}, got shape {value.shape}")
+    return value
+
+
+def has_shape(name: str, value: Array, shape: tuple[int, ...], meaning: str) -> Array:
+    """`value`, if its shape is `shape`; `meaning` names the axes in the message."""
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {meaning} = {shape}, got shape {value.shape}")
+    return value
+
+
+def integer(name: str, value: int, *, least: int | None = None) -> int:
+    """`value`, if it is an integer, not a bool, of at least `least`."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got the bool {value}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def axis_index(axis: int, ndim: int) -> int:
+    """One axis as an index in [0, ndim)."""
+    index = integer("axis", axis)
+    if not -ndim <= index < ndim:
+        raise ValueError(
+            f"axis must be in [{-ndim}, {ndim}) for an array of rank {ndim}, got {index}"
+        )
+    return index % ndim
+
+
+def axis_indices(axis: Axis, ndim: int) -> tuple[int, ...]:
+    """One axis, several, or all (None), as sorted indices in [0, ndim)."""
+    if axis is None:
+        return tuple(range(ndim))
+    axes = axis if isinstance(axis, Sequence) else (axis,)
+    indices = sorted(axis_index(one, ndim) for one in axes)
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"axis must not repeat, got {axis!r} for an array of rank {ndim}")
+    return tuple(indices)
+
+
+def scalar(name: str, value: ArrayLike) -> Array:
+    """`value` as a floating-point array of rank 0."""
+    number = real_array(name, value)
+    if number.ndim != 0:
+        raise ValueError(
+            f"{name} must be a scalar, got shape {number.shape}; use jax.vmap for several values"
+        )
+    return number
+
+
+def examples(
+    features: ArrayLike, labels: ArrayLike, num_classes: int, width: int | None = None
+) -> tuple[Array, Array]:
+    """Features (examples, width) and labels (examples,) or (examples, num_classes), checked against each other.
+
+    The labels' values are checked where they are known: classes in range, probabilities that sum to 1.
+    """
+    features, labels = real_array("features", features), array("labels", labels)
+    if features.ndim != 2 or features.shape[0] == 0 or width not in (None, features.shape[1]):
+        expected = "(examples, features)" if width is None else f"(examples, {width})"
+        raise ValueError(f"features must have shape {expected}, got shape {features.shape}")
+    count = features.shape[0]
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        has_shape("labels", labels, (count,), "(examples,)")
+        if is_concrete(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+            raise ValueError(
+                f"labels must be in [0, {num_classes}) for num_classes={num_classes}, "
+                f"got values from {labels.min()} to {labels.max()}"
+            )
+        return features, labels
+    if not jnp.issubdtype(labels.dtype, jnp.floating):
+        raise TypeError(
+            f"labels must be integer classes or floating probabilities, got dtype {labels.dtype}"
+        )
+    if labels.ndim == 1:
+        raise TypeError(
+            f"labels of shape {labels.shape}, one per example, must have an integer dtype, got {labels.dtype}"
+        )
+    has_shape("labels", labels, (count, num_classes), "(examples, classes)")
+    if is_concrete(labels) and not bool(jnp.all(are_probabilities(labels))):
+        sums = labels.sum(-1)
+        raise ValueError(
+            "labels must be probabilities, not negative and with rows that sum to 1, "
+            f"got entries from {labels.min()} and rows that sum to {sums.min()} to {sums.max()}"
+        )
+    return features, labels
+
+
+def are_probabilities(labels: Array) -> Array:
+    """Whether each row is not negative and sums to 1, to the square root of its dtype's precision."""
+    tolerance = float(jnp.finfo(labels.dtype).eps) ** 0.5
+    return (jnp.abs(labels.sum(-1) - 1) <= tolerance) & jnp.all(labels >= 0, -1)

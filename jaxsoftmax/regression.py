@@ -1,0 +1,171 @@
+"""Softmax regression: multinomial logistic regression fitted to a certified optimum."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import Float, Shaped
+
+from jaxsoftmax import _checks
+from jaxsoftmax.functional import compute_dtype
+from jaxsoftmax.objective import Params, centred, certify, make_problem, objective
+from jaxsoftmax.solvers import Fit, Status, lbfgs
+
+SOLVERS = ("auto", "lbfgs")
+
+
+def fit(
+    features: Shaped[ArrayLike, "examples features"],
+    labels: Shaped[ArrayLike, "examples *classes"],
+    *,
+    num_classes: int,
+    l2: Shaped[ArrayLike, ""] = 1e-4,
+    sample_weight: Shaped[ArrayLike, " examples"] | None = None,
+    offset: Shaped[ArrayLike, "examples classes"] | None = None,
+    init: Params | None = None,
+    fit_bias: bool = True,
+    solver: str = "auto",
+    tol: Shaped[ArrayLike, ""] = 1e-6,
+    max_iter: int = 100,
+) -> Fit:
+    r"""Fit a softmax regression.
+
+    .. math:: \min_{W, b} \sum_i c_i\, \ell(W x_i + b + o_i,\, y_i) + \tfrac{\lambda}{2} \|W\|^2
+
+    with the cross-entropy :math:`\ell`, features x, labels y, offsets o, penalty :math:`\lambda` (`l2`) and
+    shares :math:`c_i = w_i / \sum_j w_j` of the weights w (`sample_weight`). The bias is not penalised.
+
+    It is a pure function: it works under `jit` (with `num_classes`, `fit_bias`, `solver` and `max_iter` static),
+    under `vmap` over any array argument, and inside `scan`. One problem shape is compiled once.
+
+    Args:
+      features: (examples, features), real; bfloat16 and float16 are computed in float32.
+      labels: integer classes (examples,), or probabilities (examples, classes) whose rows sum to 1.
+      num_classes: number of classes, at least 2.
+      l2: penalty on the weights per mean loss, at least 0. scikit-learn's `C` is 1 / (l2 * sum(sample_weight)).
+      sample_weight: (examples,), not negative; weight 2 equals a repeated example, 0 a dropped one. None for 1.
+      offset: (examples, classes), added to the logits. None for 0.
+      init: parameters to start from, for example of a similar fit. None for 0.
+      fit_bias: whether to fit the bias; without, it is 0.
+      solver: "lbfgs", or "auto" for the one that suits the shape.
+      tol: bound on (objective - minimum) / objective at which the fit has converged.
+      max_iter: the most iterations of the solver.
+
+    Returns:
+      A `Fit`. Its parameters sum to 0 over the classes. A class that no example of positive weight has gets
+      bias -inf, which is probability 0, and weights 0. If the objective is not finite the status is DIVERGED and
+      the parameters are NaN; so it is, under jit, where a value is invalid (the list under Raises).
+
+    Raises:
+      TypeError: an array is not real, `labels` is boolean or floating without a class axis, or `num_classes`,
+        `max_iter`, `fit_bias` or `solver` has another type.
+      ValueError: a shape does not fit; `num_classes` is below 2; `max_iter` is negative; `solver` is unknown; or,
+        outside jit, a label is out of range, a row of probability labels is negative or does not sum to 1, `l2`
+        is negative, `tol` is not positive, or `sample_weight` has a negative entry or no positive one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax import Status, fit, linear_logits, softmax
+      >>> features = jnp.array([[0.0], [1.0], [2.0], [3.0]])
+      >>> result = fit(features, jnp.array([0, 1, 0, 1]), num_classes=2, l2=0.1)
+      >>> Status(int(result.status)).name
+      'CONVERGED'
+      >>> softmax(linear_logits(result.params, features)).round(2)
+      Array([[0.66, 0.34],
+             [0.56, 0.44],
+             [0.44, 0.56],
+             [0.34, 0.66]], dtype=float32)
+
+    Reference:
+      Hastie, Tibshirani, Friedman (2009), The Elements of Statistical Learning, section 4.4.
+    """
+    num_classes = _checks.integer("num_classes", num_classes, least=2)
+    max_iter = _checks.integer("max_iter", max_iter, least=0)
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}, got {solver!r}")
+    if not isinstance(fit_bias, bool):
+        raise TypeError(f"fit_bias must be True or False, got {fit_bias!r}")
+    features, labels = _checks.examples(features, labels, num_classes)
+    examples, width = features.shape
+    dtype = compute_dtype(features.dtype)
+    l2 = _checks.scalar("l2", l2).astype(dtype)
+    tol = _checks.scalar("tol", tol).astype(dtype)
+    if sample_weight is not None:
+        sample_weight = _checks.real_array("sample_weight", sample_weight)
+        _checks.has_shape("sample_weight", sample_weight, (examples,), "(examples,)")
+    if offset is not None:
+        offset = _checks.real_array("offset", offset)
+        _checks.has_shape("offset", offset, (examples, num_classes), "(examples, classes)")
+    if init is not None:
+        init = Params(
+            weights=_checks.real_array("init.weights", init.weights).astype(dtype),
+            bias=_checks.real_array("init.bias", init.bias).astype(dtype),
+        )
+        _checks.has_shape("init.weights", init.weights, (num_classes, width), "(classes, features)")
+        _checks.has_shape("init.bias", init.bias, (num_classes,), "(classes,)")
+    _check_values(l2, tol, sample_weight)
+    return _fit(
+        features, labels, l2, sample_weight, offset, init, tol, max_iter, num_classes, fit_bias
+    )
+
+
+def _check_values(l2: Array, tol: Array, sample_weight: Array | None) -> None:
+    """The checks of values, each where the value is known; under jit `make_problem` makes the objective NaN."""
+    if _checks.is_concrete(l2) and not l2 >= 0:
+        raise ValueError(f"l2 must be at least 0, got {l2}")
+    if _checks.is_concrete(tol) and not tol > 0:
+        raise ValueError(f"tol must be above 0, got {tol}")
+    if sample_weight is not None and _checks.is_concrete(sample_weight):
+        if not bool(jnp.all(sample_weight >= 0)):
+            raise ValueError(
+                f"sample_weight must not be negative or NaN, got {sample_weight.min()}"
+            )
+        if not bool(jnp.any(sample_weight > 0)):
+            raise ValueError("sample_weight must have a positive entry, got none")
+
+
+@partial(jax.jit, static_argnames=("num_classes", "fit_bias"))
+def _fit(
+    features: Array,
+    labels: Array,
+    l2: Array,
+    sample_weight: Array | None,
+    offset: Array | None,
+    init: Params | None,
+    tol: Array,
+    max_iter: int,
+    num_classes: int,
+    fit_bias: bool,
+) -> Fit:
+    problem = make_problem(
+        features, labels, l2=l2, sample_weight=sample_weight, offset=offset, num_classes=num_classes
+    )
+    classes, dtype = problem.classes, problem.features.dtype
+    if init is None:
+        init = Params(
+            jnp.zeros((num_classes, features.shape[1]), dtype), jnp.zeros(num_classes, dtype)
+        )
+    # A class absent from the fit that gave `init` has bias -inf there, and may be present here.
+    init = init._replace(
+        bias=jnp.where(init.bias == -jnp.inf, 0, init.bias) if fit_bias else 0 * init.bias
+    )
+
+    def value_fn(params: Params) -> Array:
+        return objective(
+            params if fit_bias else params._replace(bias=lax.stop_gradient(params.bias)), problem
+        )
+
+    result = lbfgs(
+        value_fn,
+        lambda params: certify(params, problem, fit_bias=fit_bias, tol=tol),
+        centred(init, classes),
+        tol=tol,
+        max_iter=max_iter,
+    )
+    weights, bias = centred(result.params, classes)
+    poison = jnp.where(result.status == Status.DIVERGED, jnp.nan, 0).astype(dtype)
+    return result._replace(
+        params=Params(weights + poison, jnp.where(classes, bias, -jnp.inf) + poison)
+    )
