@@ -4,14 +4,16 @@ The modules, each built on those before it:
 
 * `functional`: `softmax`, `log_softmax`, `logsumexp`, `softmax_jacobian`.
 * `losses`: `cross_entropy`.
-* `objective`: the model (`Params`, `linear_logits`), its regularised loss, and the bound on the distance from
-  the optimum.
+* `objective`: the model (`Params`, `linear_logits`), its regularised loss, and the bound on the
+  distance from the optimum.
 * `solvers`: algorithms on an objective, and their common result (`Fit`, `Status`).
 * `regression`: `fit`, the full-batch softmax regression.
-* `training`: the minibatch trainer for any optax optimiser, used as `from jaxsoftmax import training`.
+* `training`: the minibatch trainer for any optax optimiser, used as `from jaxsoftmax import
+  training`.
 
-Shapes are the same everywhere: logits (..., classes), labels (...) integers or (..., classes) probabilities,
-features (examples, features), weights (classes, features), bias (classes,). Losses are in nats.
+Shapes are the same everywhere: logits (..., classes), labels (...) integers or (..., classes)
+probabilities, features (examples, features), weights (classes, features), bias (classes,). Losses
+are in nats.
 """
 
 from jaxsoftmax.functional import log_softmax, logsumexp, softmax, softmax_jacobian

@@ -1,27 +1,35 @@
 """Argument checks on types, dtypes and shapes, made when a function is traced.
 
-Every message names the argument and says what was expected and what came. Values are checked only where
-they are known, see `is_concrete`.
+Every message names the argument and says what was expected and what came. Values are checked only
+where they are known, see `known`.
 """
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+from numpy.typing import NDArray
 
 Axis = int | Sequence[int] | None
 
 
-def is_concrete(*values: object) -> bool:
-    """Whether every array among `values` holds known numbers, so that none is being traced."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+def known(value: ArrayLike) -> NDArray[Any] | None:
+    """The numbers of an array, or None if it is being traced.
+
+    Checks of values work on these: inside a trace jax.numpy makes tracers even of known numbers.
+    """
+    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 
 def array(name: str, value: ArrayLike) -> Array:
     """`value` as a JAX array."""
+    if isinstance(value, Array):
+        return value
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
@@ -100,55 +108,82 @@ def axis_indices(axis: Axis, ndim: int) -> tuple[int, ...]:
     return tuple(indices)
 
 
-def scalar(name: str, value: ArrayLike) -> Array:
-    """`value` as a floating-point array of rank 0."""
+def scalar(name: str, value: ArrayLike, *, positive: bool = False) -> Array:
+    """`value` as a floating-point array of rank 0; if known, it is at least 0, or above 0."""
     number = real_array(name, value)
     if number.ndim != 0:
         raise ValueError(
             f"{name} must be a scalar, got shape {number.shape}; use jax.vmap for several values"
         )
+    x = known(value)
+    if x is not None and not (x > 0 if positive else x >= 0):
+        raise ValueError(f"{name} must be {'above' if positive else 'at least'} 0, got {x}")
     return number
+
+
+def weights(name: str, value: ArrayLike, count: int) -> Array:
+    """`value` as a floating-point array (count,); its numbers are checked if known."""
+    weight = has_shape(name, real_array(name, value), (count,), "(examples,)")
+    if (x := known(value)) is not None:
+        if not (x >= 0).all():
+            raise ValueError(f"{name} must not be negative or NaN, got {x.min()}")
+        if not (x > 0).any():
+            raise ValueError(f"{name} must have a positive entry, got none")
+    return weight
 
 
 def examples(
     features: ArrayLike, labels: ArrayLike, num_classes: int, width: int | None = None
 ) -> tuple[Array, Array]:
-    """Features (examples, width) and labels (examples,) or (examples, num_classes), checked against each other.
+    """Features (examples, width) and labels (examples,) or (examples, num_classes) that fit.
 
-    The labels' values are checked where they are known: classes in range, probabilities that sum to 1.
+    Values of the labels are checked where they are known: classes in range, rows that sum to 1.
     """
-    features, labels = real_array("features", features), array("labels", labels)
-    if features.ndim != 2 or features.shape[0] == 0 or width not in (None, features.shape[1]):
+    x, y = real_array("features", features), array("labels", labels)
+    if x.ndim != 2 or x.shape[0] == 0 or width not in (None, x.shape[1]):
         expected = "(examples, features)" if width is None else f"(examples, {width})"
-        raise ValueError(f"features must have shape {expected}, got shape {features.shape}")
-    count = features.shape[0]
-    if jnp.issubdtype(labels.dtype, jnp.integer):
-        has_shape("labels", labels, (count,), "(examples,)")
-        if is_concrete(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(f"features must have shape {expected}, got shape {x.shape}")
+    values = known(labels)
+    if class_labels(y, x.shape[:1], "(examples,)"):
+        if values is not None and not 0 <= values.min() <= values.max() < num_classes:
             raise ValueError(
                 f"labels must be in [0, {num_classes}) for num_classes={num_classes}, "
-                f"got values from {labels.min()} to {labels.max()}"
+                f"got values from {values.min()} to {values.max()}"
             )
-        return features, labels
+    else:
+        has_shape("labels", y, (x.shape[0], num_classes), "(examples, classes)")
+        if values is not None and not are_probabilities(values).all():
+            sums = values.astype(np.float64).sum(-1)
+            raise ValueError(
+                "labels must be probabilities, not negative and with rows that sum to 1, "
+                f"got entries from {values.min()} and rows that sum to {sums.min()} to {sums.max()}"
+            )
+    return x, y
+
+
+def class_labels(labels: Array, batch: tuple[int, ...], meaning: str) -> bool:
+    """Whether `labels` are integer classes, of shape `batch`, or else floating probabilities."""
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        if labels.ndim == len(batch) + 1 and labels.shape[:-1] == batch:
+            raise TypeError(
+                f"labels of shape {labels.shape}, with an axis of classes, must be floating "
+                f"probabilities, got dtype {labels.dtype}"
+            )
+        has_shape("labels", labels, batch, meaning)
+        return True
     if not jnp.issubdtype(labels.dtype, jnp.floating):
         raise TypeError(
             f"labels must be integer classes or floating probabilities, got dtype {labels.dtype}"
         )
-    if labels.ndim == 1:
+    if labels.shape == batch:
         raise TypeError(
-            f"labels of shape {labels.shape}, one per example, must have an integer dtype, got {labels.dtype}"
+            f"labels of shape {labels.shape}, one per example, must have an integer dtype, "
+            f"got {labels.dtype}"
         )
-    has_shape("labels", labels, (count, num_classes), "(examples, classes)")
-    if is_concrete(labels) and not bool(jnp.all(are_probabilities(labels))):
-        sums = labels.sum(-1)
-        raise ValueError(
-            "labels must be probabilities, not negative and with rows that sum to 1, "
-            f"got entries from {labels.min()} and rows that sum to {sums.min()} to {sums.max()}"
-        )
-    return features, labels
+    return False
 
 
-def are_probabilities(labels: Array) -> Array:
-    """Whether each row is not negative and sums to 1, to the square root of its dtype's precision."""
+def are_probabilities(labels: Any) -> Any:
+    """Whether each row is not negative and sums to 1, up to the square root of the dtype's eps."""
     tolerance = float(jnp.finfo(labels.dtype).eps) ** 0.5
-    return (jnp.abs(labels.sum(-1) - 1) <= tolerance) & jnp.all(labels >= 0, -1)
+    return (abs(labels.sum(-1) - 1) <= tolerance) & (labels >= 0).all(-1)

@@ -1,20 +1,23 @@
 """Softmax, log-softmax and log-sum-exp, with analytic derivatives of every order.
 
-Shapes: an input has any shape; `axis` (an integer, several, or None for all) spans the classes, the other axes
-are batch axes, and a *row* is one batch entry. `where` is a boolean array that broadcasts to the input's shape.
+Shapes: an input has any shape; `axis` (an integer, several, or None for all) spans the classes, the
+  other axes
+are batch axes, and a *row* is one batch entry. `where` is a boolean array that broadcasts to the
+input's shape.
 
-The derivative of all three is the softmax itself, so it is the only residual that any rule keeps, in the
-input's dtype. Each rule calls the function that it differentiates, so every higher derivative is analytic too.
+The derivative of all three is the softmax itself, so it is the only residual that any rule keeps,
+in the input's dtype. Each rule calls the function that it differentiates, so every higher
+derivative is analytic too.
 
 Conventions, the same in the whole module:
 
-* A masked entry (`where` False) has softmax 0 and log-softmax -inf. Whatever stands there, NaN and inf
-  included, reaches neither a value nor a derivative. A row that is masked throughout has log-sum-exp -inf, and
-  all its derivatives are 0.
-* A row whose allowed entries are all -inf has softmax NaN and log-sum-exp -inf; one with an allowed +inf or
-  NaN has softmax NaN.
-* Integers and booleans are converted to the default float. bfloat16 and float16 are computed in float32 and
-  returned in their own dtype.
+* A masked entry (`where` False) has softmax 0 and log-softmax -inf. Whatever stands there, NaN and
+  inf included, reaches neither a value nor a derivative. A row that is masked throughout has
+  log-sum-exp -inf, and all its derivatives are 0.
+* A row whose allowed entries are all -inf has softmax NaN and log-sum-exp -inf; one with an allowed
+  +inf or NaN has softmax NaN.
+* Integers and booleans are converted to the default float. bfloat16 and float16 are computed in
+  float32 and returned in their own dtype.
 """
 
 from functools import partial
@@ -50,18 +53,20 @@ def softmax(
 
     Raises:
       TypeError: `x` is not real, `where` is not boolean, or `axis` is not an integer.
-      ValueError: `axis` is out of range or repeats, or `where` does not broadcast to the shape of `x`.
+      ValueError: `axis` is out of range or repeats, or `where` does not broadcast to the shape of
+        `x`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoftmax import softmax
-      >>> softmax(jnp.log(jnp.array([1.0, 2.0, 5.0])))
+      >>> softmax(jnp.log(jnp.array([1.0, 2.0, 5.0]))).round(3)
       Array([0.125, 0.25 , 0.625], dtype=float32)
       >>> softmax(jnp.array([1.0, 1.0, jnp.nan]), where=jnp.array([True, True, False]))
       Array([0.5, 0.5, 0. ], dtype=float32)
 
     Reference:
-      Bridle (1990), Probabilistic interpretation of feedforward classification network outputs, eq. 1.
+      Bridle (1990), Probabilistic interpretation of feedforward classification network outputs, eq.
+      1.
     """
     x = _checks.real_array("x", x)
     axes = _checks.axis_indices(axis, x.ndim)
@@ -82,11 +87,13 @@ def log_softmax(
       where: entries that take part, boolean, broadcasting to the shape of `x`; None for all.
 
     Returns:
-      Log-probabilities in nats, with the shape of `x` and its dtype (the default float for integers).
+      Log-probabilities in nats, with the shape of `x` and its dtype (the default float for
+      integers).
 
     Raises:
       TypeError: `x` is not real, `where` is not boolean, or `axis` is not an integer.
-      ValueError: `axis` is out of range or repeats, or `where` does not broadcast to the shape of `x`.
+      ValueError: `axis` is out of range or repeats, or `where` does not broadcast to the shape of
+        `x`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -150,24 +157,26 @@ def logsumexp(
       where: entries that take part, boolean, broadcasting to the shape of `a`; None for all.
 
     Returns:
-      The logarithm, with the shape of `a` less `axis`, in the dtype of `a` and `b`; with `return_sign` the pair
-      (logarithm of the absolute sum, sign: -1, 0 or 1). Without it the logarithm of a negative sum is NaN. A sum
-      over nothing is -inf.
+      The logarithm, with the shape of `a` less `axis`, in the dtype of `a` and `b`; with
+      `return_sign` the pair (logarithm of the absolute sum, sign: -1, 0 or 1). Without it the
+      logarithm of a negative sum is NaN. A sum over nothing is -inf.
 
     Raises:
       TypeError: `a` or `b` is not real, `where` is not boolean, or `axis` is not an integer.
-      ValueError: `axis` is out of range or repeats, or `b` or `where` does not broadcast to the shape of `a`.
+      ValueError: `axis` is out of range or repeats, or `b` or `where` does not broadcast to the
+        shape of `a`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoftmax import logsumexp
       >>> logsumexp(jnp.array([1000.0, 1000.0]))
-      Array(1000.6931, dtype=float32)
+      Array(1000.6932, dtype=float32)
       >>> logsumexp(jnp.zeros(3), b=jnp.array([2.0, 0.0, 5.0]))
       Array(1.9459102, dtype=float32)
 
     Reference:
-      Blanchard, Higham, Higham (2021), Accurately computing the log-sum-exp and softmax functions, eq. 1.4.
+      Blanchard, Higham, Higham (2021), Accurately computing the log-sum-exp and softmax functions,
+      eq. 1.4.
     """
     a = _checks.real_array("a", a)
     axes = _checks.axis_indices(axis, a.ndim)
@@ -193,14 +202,14 @@ def softmax_jacobian(
 
     .. math:: J_{ij} = \frac{\partial \sigma_i}{\partial x_j} = \sigma_i (\delta_{ij} - \sigma_j)
 
-    The diagonal is computed as :math:`\sigma_i \sum_{j \ne i} \sigma_j`, which is the same number but does not
-    cancel where :math:`\sigma_i` is near 1.
+    The diagonal is computed as :math:`\sigma_i \sum_{j \ne i} \sigma_j`, which is the same number
+    but does not cancel where :math:`\sigma_i` is near 1.
 
     Args:
       x: logits, any shape, real.
       axis: the axis of the K classes.
-      where: entries that take part, boolean, broadcasting to the shape of `x`; None for all. Rows and columns
-        of masked entries are 0.
+      where: entries that take part, boolean, broadcasting to the shape of `x`; None for all. Rows
+        and columns of masked entries are 0.
 
     Returns:
       The Jacobian, of shape (batch axes of `x`, K, K): `axis` is replaced by two axes at the end.
@@ -227,7 +236,7 @@ def softmax_jacobian(
 
 
 def compute_dtype(*dtypes: DTypeLike) -> DTypeLike:
-    """The dtype that sums over values of floating `dtypes` are computed in: the widest, at least float32."""
+    """The dtype to compute in with floating `dtypes`: the widest of them, at least float32."""
     return max((jnp.float32, *dtypes), key=lambda dtype: jnp.finfo(dtype).bits)
 
 
@@ -237,13 +246,14 @@ def _keep(where: Array | None, value: Array, otherwise: float = 0) -> Array:
 
 
 def _shifted(x: Array, b: Array | None, where: Array | None, axes: Axes) -> tuple[Array, Array]:
-    """x - m, -inf where masked, and m: the row's maximum over entries of factor b != 0, or 0 if infinite."""
+    """x - m, -inf where masked, and m: the maximum over entries with b != 0, or 0 if infinite."""
     x = _keep(where, x.astype(compute_dtype(x.dtype)), -jnp.inf)
     counted = x if b is None else jnp.where(b == 0, -jnp.inf, x)
     maximum = jnp.max(counted, axes, keepdims=True, initial=-jnp.inf)
-    # Inside a larger jit XLA may compute x anew and contract x - m into a fused multiply-add, whose x is not
-    # the rounded one that m was taken from: near 1e11 exp then overflows (jax#37234). minimum(x, m) is m itself
-    # for the largest entry and keeps the contraction out. An entry of factor 0 may exceed m.
+    # Inside a larger jit XLA may compute x anew and contract x - m into a fused multiply-add, whose
+    # x is not the rounded one that m was taken from: near 1e11 exp then overflows (jax#37234).
+    # minimum(x, m) is m itself for the largest entry and keeps the contraction out. An entry of
+    # factor 0 may exceed m.
     bounded = jnp.minimum(x, maximum)
     if b is not None:
         bounded = jnp.where(b == 0, x, bounded)
@@ -252,8 +262,9 @@ def _shifted(x: Array, b: Array | None, where: Array | None, axes: Axes) -> tupl
 
 
 def _total(e: Array, b: Array | None, axes: Axes) -> Array:
-    """sum_j b_j e_j, the axes kept."""
-    return jnp.sum(e if b is None else b.astype(e.dtype) * e, axes, keepdims=True)
+    """sum_j b_j e_j, the axes kept; a factor 0 drops its entry even where e overflows."""
+    terms = e if b is None else jnp.where(b == 0, 0, b.astype(e.dtype) * e)
+    return jnp.sum(terms, axes, keepdims=True)
 
 
 def _normaliser(e: Array, b: Array | None, where: Array | None, axes: Axes) -> Array:
@@ -269,9 +280,10 @@ def _normaliser(e: Array, b: Array | None, where: Array | None, axes: Axes) -> A
 def _softmax(
     x: Array, b: Array | None, where: Array | None, axes: Axes, empty_is_zero: bool
 ) -> Array:
-    """exp(x_i) / sum_j b_j exp(x_j): the softmax when b is None, the derivatives of log-sum-exp in general.
+    """exp(x_i) / sum_j b_j exp(x_j): the softmax if b is None, else derivatives of log-sum-exp.
 
-    A row with no entry above -inf is NaN, or 0 if `empty_is_zero`, as the gradient of log-sum-exp needs it.
+    A row with no entry above -inf is NaN, or 0 if `empty_is_zero`, as the gradient of log-sum-exp
+    needs it.
     """
     e = jnp.exp(_shifted(x, b, where, axes)[0])
     total = _normaliser(e, b, where, axes)
@@ -298,54 +310,72 @@ def _logsumexp(a: Array, b: Array | None, where: Array | None, axes: Axes) -> tu
 def _centred(t: Array, p: Array, axes: Axes) -> Array:
     """t less its mean under the weights p, which sum to 1.
 
-    This projection is applied twice: in exact arithmetic the second changes nothing, but it restores what the
-    rounding of the first lost, so that a saturated row keeps its tiny derivative and a row of the transpose
-    sums to 0.
+    This projection is applied twice: in exact arithmetic the second changes nothing, but it
+    restores what the rounding of the first lost, so that a saturated row keeps its tiny derivative
+    and a row of the transpose sums to 0.
     """
     for _ in range(2):
         t = t - jnp.sum(p * t, axes, keepdims=True)
     return t
 
 
-def _tangent(t: Array, where: Array | None) -> Array:
-    """A tangent in the dtype of computation, 0 where masked."""
-    return _keep(where, t.astype(compute_dtype(t.dtype)))
+# The linear map of each rule works on its residual in the dtype of computation. As a checkpoint it
+# saves the residual as it came, in the input's dtype, and converts it again when it is needed.
+_linear_map = partial(jax.checkpoint, prevent_cse=False)
+
+
+def _wide(value: Array, where: Array | None) -> Array:
+    """A value of the tangent's computation, 0 where masked."""
+    return _keep(where, value.astype(compute_dtype(value.dtype)))
 
 
 @_softmax.defjvp
-def _softmax_jvp(
-    axes: Axes, empty_is_zero: bool, primals: Any, tangents: Any
-) -> tuple[Array, Array]:
+def _softmax_jvp(axes: Axes, empty_is_zero: bool, primals: Any, tangents: Any) -> Any:
     """d s_i = s_i (dx_i - sum_j s_j (b_j dx_j + db_j))."""
     (x, b, where), (dx, db, _) = primals, tangents
     y = _softmax(x, b, where, axes, empty_is_zero)
-    s, dx = _tangent(y, where), _tangent(dx, where)
-    if b is None:
-        dlog = _centred(dx, s, axes)
-    else:
-        dlog = _centred(dx, s * b.astype(s.dtype), axes) - _total(s, _tangent(db, where), axes)
-    return y, _keep(where, s * dlog).astype(y.dtype)
+
+    @_linear_map
+    def linear(y: Array, b: Array | None, where: Array | None, dx: Array, db: Any) -> Array:
+        s, dlog = _wide(y, where), _wide(dx, where)
+        if b is None:
+            dlog = _centred(dlog, s, axes)
+        else:
+            dlog = _centred(dlog, s * _wide(b, where), axes)
+            dlog = dlog - jnp.sum(s * _wide(db, where), axes, keepdims=True)
+        return _keep(where, s * dlog).astype(y.dtype)
+
+    return y, linear(y, b, where, dx, db)
 
 
 @_log_softmax.defjvp
-def _log_softmax_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _log_softmax_jvp(axes: Axes, primals: Any, tangents: Any) -> Any:
     """d log s_i = dx_i - sum_j s_j dx_j."""
     (x, where), (dx, _) = primals, tangents
-    s = _softmax(x, None, where, axes, False)
-    dlog = _centred(_tangent(dx, where), s.astype(compute_dtype(s.dtype)), axes)
-    return _log_softmax(x, where, axes), _keep(where, dlog).astype(x.dtype)
+
+    @_linear_map
+    def linear(s: Array, where: Array | None, dx: Array) -> Array:
+        dlog = _centred(_wide(dx, where), _wide(s, where), axes)
+        return _keep(where, dlog).astype(s.dtype)
+
+    return _log_softmax(x, where, axes), linear(_softmax(x, None, where, axes, False), where, dx)
 
 
 @_logsumexp.defjvp
-def _logsumexp_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _logsumexp_jvp(axes: Axes, primals: Any, tangents: Any) -> Any:
     """d log|S| = sum_j s_j (b_j da_j + db_j); the sign is constant."""
     (a, b, where), (da, db, _) = primals, tangents
     value, sign = _logsumexp(a, b, where, axes)
-    s = _softmax(a, b, where, axes, True).astype(compute_dtype(a.dtype))
-    terms = _tangent(da, where)
-    if b is not None:
-        terms = b.astype(s.dtype) * terms + _tangent(db, where)
-    return (value, sign), (_total(s, terms, axes).astype(value.dtype), jnp.zeros_like(sign))
+
+    @_linear_map
+    def linear(s: Array, b: Array | None, where: Array | None, da: Array, db: Any) -> Array:
+        terms = _wide(da, where)
+        if b is not None:
+            terms = _wide(b, where) * terms + _wide(db, where)
+        return jnp.sum(_wide(s, where) * terms, axes, keepdims=True).astype(s.dtype)
+
+    dvalue = linear(_softmax(a, b, where, axes, True), b, where, da, db)
+    return (value, sign), (dvalue, jnp.zeros_like(sign))
 
 
 # Called outside jit, each is one compiled program, as in jax.nn.

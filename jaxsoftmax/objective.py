@@ -1,12 +1,14 @@
-"""The objective of softmax regression, and how far from its optimum a point can be.
+r"""The objective of softmax regression, and a bound on how far a point is from its minimum.
 
-.. math:: f(W, b) = \\sum_i c_i\\, \\ell(W x_i + b + o_i,\\, y_i) + \\tfrac{\\lambda}{2} \\|W\\|^2, \\qquad \\sum_i c_i = 1
+.. math:: f(W, b) = \sum_i c_i\, \ell(W x_i + b + o_i,\; y_i) + \tfrac{\lambda}{2} \|W\|^2,
+          \qquad \sum_i c_i = 1
 
-with cross-entropy loss l, examples x_i (rows of `features`), labels y_i, shares c_i (normalised
-`sample_weight`), offsets o_i and the penalty lambda (`l2`). The bias b is not penalised.
+with the cross-entropy :math:`\ell`, examples x (rows of `features`), labels y, shares c (normalised
+`sample_weight`), offsets o and the penalty :math:`\lambda` (`l2`). The bias is not penalised.
 
-Shapes: `features` (examples, features), `weights` (classes, features), `bias` (classes,), `labels` (examples,)
-integers or (examples, classes) probabilities, `sample_weight` (examples,), `offset` (examples, classes).
+Shapes: `features` (examples, features), `weights` (classes, features), `bias` (classes,), `labels`
+(examples,) integers or (examples, classes) probabilities, `sample_weight` (examples,), `offset`
+(examples, classes).
 
 Solvers and trainers know a problem only through this module.
 """
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Shaped
 
 from jaxsoftmax import _checks
@@ -44,7 +47,7 @@ class Problem(NamedTuple):
 
 
 def linear_logits(
-    params: Params, features: Shaped[Array, "*batch features"]
+    params: Params, features: Shaped[ArrayLike, "*batch features"]
 ) -> Float[Array, "*batch classes"]:
     r"""Logits of a linear model, :math:`z = W x + b`.
 
@@ -53,7 +56,8 @@ def linear_logits(
       features: (..., features), real; cast to the dtype of the weights.
 
     Returns:
-      Logits (..., classes) in the dtype of the weights; `softmax` of them gives the class probabilities.
+      Logits (..., classes) in the dtype of the weights; `softmax` of them gives the class
+      probabilities.
 
     Raises:
       TypeError: `features` is not real.
@@ -70,8 +74,8 @@ def linear_logits(
     width = params.weights.shape[-1]
     if features.ndim == 0 or features.shape[-1] != width:
         raise ValueError(
-            f"features must have shape (..., {width}) to fit weights of shape {params.weights.shape}, "
-            f"got shape {features.shape}"
+            f"features must have shape (..., {width}) to fit weights of shape "
+            f"{params.weights.shape}, got shape {features.shape}"
         )
     return features.astype(params.weights.dtype) @ params.weights.T + params.bias
 
@@ -83,46 +87,49 @@ def make_problem(
     l2: Array,
     sample_weight: Array | None = None,
     offset: Array | None = None,
-    num_classes: int | None = None,
+    classes: Array | None = None,
 ) -> Problem:
-    """A problem from checked arrays.
+    """A problem from checked arrays; `classes` masks those that take part, None is all.
 
-    Values that no one can check under jit make the objective NaN here: a negative `l2` or weight, a probability
-    label that is negative or does not sum to 1. With `num_classes`, classes that no example of positive weight
-    has are marked absent, and the model gives them probability 0.
+    Values that no one can check under jit make the objective NaN here: a negative `l2` or weight, a
+    probability label that is negative or does not sum to 1.
     """
     dtype = compute_dtype(features.dtype)
-    share = (
-        jnp.ones(features.shape[0], dtype) if sample_weight is None else sample_weight.astype(dtype)
-    )
-    share = jnp.where(share < 0, jnp.nan, share)
+    if sample_weight is None:
+        sample_weight = jnp.ones(features.shape[0])
+    share = jnp.where(sample_weight < 0, jnp.nan, sample_weight).astype(dtype)
     if labels.ndim == 2:
         share = jnp.where(_checks.are_probabilities(labels), share, jnp.nan)
         labels = labels.astype(dtype)
-    share = share / share.sum()
-    classes = None
-    if num_classes is not None:
-        mass = (
-            labels > 0
-            if labels.ndim == 2
-            else labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)
-        )
-        classes = jnp.any(mass & (share > 0)[:, None], 0)
     return Problem(
         features=features.astype(dtype),
         labels=labels,
-        share=share,
+        share=share / share.sum(),
         offset=None if offset is None else offset.astype(dtype),
         classes=classes,
         l2=jnp.where(l2 < 0, jnp.nan, l2).astype(dtype),
     )
 
 
-def objective(params: Params, problem: Problem) -> Float[Array, ""]:
-    """The objective f(W, b) of the module's formula, in nats per example."""
-    return _mean_loss(_logits(params, problem), problem) + problem.l2 / 2 * jnp.sum(
-        params.weights**2
-    )
+def present_classes(
+    labels: Array, sample_weight: Array | None, num_classes: int
+) -> Bool[Array, " classes"]:
+    """The classes that some example of positive weight has."""
+    if labels.ndim == 2:
+        members = labels > 0
+    else:
+        members = labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)
+    if sample_weight is not None:
+        members &= (sample_weight > 0)[:, None]
+    return jnp.any(members, 0)
+
+
+def objective(params: Params, problem: Problem, *, fit_bias: bool = True) -> Float[Array, ""]:
+    """The objective f(W, b) of the module's formula, in nats; constant in b without `fit_bias`."""
+    if not fit_bias:
+        params = params._replace(bias=lax.stop_gradient(params.bias))
+    penalty = problem.l2 / 2 * jnp.sum(params.weights**2)
+    return _mean_loss(_logits(params, problem), problem) + penalty
 
 
 def _logits(params: Params, problem: Problem) -> Array:
@@ -151,7 +158,7 @@ def centred(params: Params, classes: Bool[Array, " classes"]) -> Params:
 
 
 class Certificate(NamedTuple):
-    """A point, its objective, a bound on objective - minimum, and the norm of the gradient there."""
+    """A point, its objective, a bound on objective - minimum, and the gradient's norm there."""
 
     params: Params
     objective: Float[Array, ""]
@@ -162,19 +169,21 @@ class Certificate(NamedTuple):
 def certify(
     params: Params, problem: Problem, *, fit_bias: bool, tol: Float[Array, ""]
 ) -> Certificate:
-    r"""Move the bias to its optimum for these weights, and bound the distance from the minimum there.
+    r"""Move the bias to its optimum for these weights, and bound f - min f there.
 
-    With that bias the residuals p_i - y_i, weighted by c_i, sum to 0, so they are a feasible point of the dual
-    problem, and the duality gap is
+    With that bias the residuals p - y, weighted by the shares, sum to 0 over the examples, so they
+    are a feasible point of the dual problem, and the duality gap at it is
 
     .. math:: f - f^* \le \frac{1}{2 \lambda} \|\nabla_W f\|^2.
 
-    Where lambda is 0 there is no such bound. Half the squared Newton decrement,
-    :math:`\tfrac12 \nabla f^T H^+ \nabla f`, takes its place: it is f - f* of the quadratic model, computed by
-    conjugate gradients that stop early once it exceeds `tol` times the objective.
+    What rounding leaves of the bias' own half squared Newton decrement is added.
+
+    Where :math:`\lambda = 0` there is no such bound. Half the squared Newton decrement,
+    :math:`\tfrac12 \nabla f^T H^+ \nabla f`, takes its place, which is f - min f of the quadratic
+    model. It is computed by conjugate gradients that stop once it exceeds `tol` times f.
 
     Reference:
-      Boyd, Vandenberghe (2004), Convex Optimization, eq. 9.9 and section 9.5.1.
+      Boyd, Vandenberghe (2004), Convex Optimization, sections 5.1.6 and 9.5.1, eq. 9.9.
     """
     bias_gap = jnp.zeros_like(problem.l2)
     if fit_bias:
@@ -182,24 +191,18 @@ def certify(
     flat, unravel = ravel_pytree(params)
 
     def value_fn(flat: Array) -> Array:
-        weights, bias = unravel(flat)
-        return objective(Params(weights, bias if fit_bias else lax.stop_gradient(bias)), problem)
+        return objective(unravel(flat), problem, fit_bias=fit_bias)
+
+    def hvp(v: Array) -> Array:
+        return jax.jvp(jax.grad(value_fn), (flat,), (v,))[1]
 
     value, gradient = jax.value_and_grad(value_fn)(flat)
     penalised = problem.l2 != 0
-    bound = (
-        jnp.sum(unravel(gradient).weights ** 2) / (2 * jnp.where(penalised, problem.l2, 1))
-        + bias_gap
-    )
-    decrement = _half_squared_decrement(
-        lambda v: jax.jvp(jax.grad(value_fn), (flat,), (v,))[1],
-        gradient,
-        skip=penalised,
-        enough=tol * value,
-    )
-    return Certificate(
-        params, value, jnp.where(penalised, bound, decrement), jnp.linalg.norm(gradient)
-    )
+    l2 = jnp.where(penalised, problem.l2, 1)
+    bound = jnp.sum(unravel(gradient).weights ** 2) / (2 * l2) + bias_gap
+    decrement = _half_squared_decrement(hvp, gradient, skip=penalised, enough=tol * value)
+    gap = jnp.where(penalised, bound, decrement)
+    return Certificate(params, value, gap, jnp.linalg.norm(gradient))
 
 
 class _BiasStep(NamedTuple):
@@ -214,65 +217,69 @@ def _with_optimal_bias(params: Params, problem: Problem) -> tuple[Params, Array]
     """The bias by Newton's method at fixed weights, and half the squared decrement that is left."""
     logits = _logits(params, problem)
     classes = jnp.ones_like(params.bias, bool) if problem.classes is None else problem.classes
-    tiny = jnp.finfo(params.bias.dtype).tiny
+    eps, tiny = jnp.finfo(logits.dtype).eps, jnp.finfo(logits.dtype).tiny
 
-    def evaluate(shift: Array, improved: Array) -> _BiasStep:
-        loss, gradient = jax.value_and_grad(lambda shift: _mean_loss(logits + shift, problem))(
-            shift
-        )
+    def mean_loss(shift: Array) -> Array:
+        return _mean_loss(logits + shift, problem)
+
+    def evaluate(shift: Array) -> _BiasStep:
+        loss, gradient = jax.value_and_grad(mean_loss)(shift)
         p = softmax(logits + shift, where=classes)
         weighted = problem.share[:, None] * p
         hessian = jnp.diag(weighted.sum(0)) - weighted.T @ p
-        # Along the constant vector and on absent classes the Hessian and the gradient are 0; make it regular.
+        # The Hessian and the gradient are 0 along the constant vector and on absent classes.
         scale = jnp.maximum(jnp.trace(hessian), tiny)
-        hessian = hessian + scale + jnp.diag(jnp.where(classes, 0, scale))
-        step = -jax.scipy.linalg.solve(hessian, gradient, assume_a="pos")
-        return _BiasStep(shift, loss, step, -jnp.sum(gradient * step) / 2, improved)
+        regular = hessian + scale + jnp.diag(jnp.where(classes, 0, scale))
+        step = -jax.scipy.linalg.solve(regular, gradient, assume_a="pos")
+        return _BiasStep(shift, loss, step, -jnp.sum(gradient * step) / 2, jnp.array(True))
 
-    def body(old: _BiasStep) -> _BiasStep:
-        new = evaluate(old.shift + old.step, old.improved)
-        rounding = 8 * jnp.finfo(old.loss.dtype).eps * old.loss
-        improved = (new.decrement < old.decrement) & (new.loss <= old.loss + rounding)
-        return jax.tree.map(lambda a, b: jnp.where(improved, a, b), new, old)._replace(
-            improved=improved
-        )
+    def advance(old: _BiasStep) -> _BiasStep:
+        new = evaluate(old.shift + old.step)
+        improved = (new.decrement < old.decrement) & (new.loss <= old.loss * (1 + 8 * eps))
+        kept = jax.tree.map(lambda new, old: jnp.where(improved, new, old), new, old)
+        return kept._replace(improved=improved)
 
-    # The decrement falls quadratically until rounding stops it; far from the optimum a step that fails ends it.
-    last = lax.while_loop(
-        lambda at: at.improved, body, evaluate(jnp.zeros_like(params.bias), jnp.array(True))
-    )
+    # The decrement falls quadratically until rounding ends it; so does, far away, a failed step.
+    last = lax.while_loop(lambda at: at.improved, advance, evaluate(jnp.zeros_like(params.bias)))
     return params._replace(bias=params.bias + last.shift), last.decrement
+
+
+class _ConjugateGradient(NamedTuple):
+    residual: Array
+    direction: Array
+    squared: Array
+    decrement: Array
+    steps: Array
 
 
 def _half_squared_decrement(
     hvp: Callable[[Array], Array], gradient: Array, *, skip: Array, enough: Array
 ) -> Array:
-    """g^T H^+ g / 2 to about 1% by conjugate gradients, or a lower bound of it that exceeds `enough`."""
+    """g^T H^+ g / 2 to about 1%, or a lower bound of it that exceeds `enough`; 0 if `skip`."""
+    start = jnp.sum(gradient**2)
 
-    class Step(NamedTuple):
-        residual: Array
-        direction: Array
-        squared: Array
-        decrement: Array
-        count: Array
+    def proceed(at: _ConjugateGradient) -> Array:
+        return (
+            ~skip
+            & (at.squared > 1e-4 * start)
+            & (at.decrement <= enough)
+            & (at.steps < gradient.size)
+        )
 
-    target = 1e-4 * jnp.sum(gradient**2)
-
-    def proceed(at: Step) -> Array:
-        return ~skip & (at.squared > target) & (at.decrement <= enough) & (at.count < gradient.size)
-
-    def body(at: Step) -> Step:
+    def advance(at: _ConjugateGradient) -> _ConjugateGradient:
         product = hvp(at.direction)
         alpha = at.squared / jnp.sum(at.direction * product)
         residual = at.residual - alpha * product
         squared = jnp.sum(residual**2)
-        return Step(
-            residual,
-            residual + squared / at.squared * at.direction,
-            squared,
-            at.decrement + alpha * at.squared / 2,
-            at.count + 1,
+        return _ConjugateGradient(
+            residual=residual,
+            direction=residual + squared / at.squared * at.direction,
+            squared=squared,
+            decrement=at.decrement + alpha * at.squared / 2,
+            steps=at.steps + 1,
         )
 
-    start = Step(gradient, gradient, jnp.sum(gradient**2), jnp.zeros_like(enough), jnp.array(0))
-    return lax.while_loop(proceed, body, start).decrement
+    init = _ConjugateGradient(
+        gradient, gradient, start, jnp.zeros_like(start), jnp.zeros((), jnp.int32)
+    )
+    return lax.while_loop(proceed, advance, init).decrement

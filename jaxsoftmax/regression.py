@@ -4,13 +4,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 
 from jaxsoftmax import _checks
 from jaxsoftmax.functional import compute_dtype
-from jaxsoftmax.objective import Params, centred, certify, make_problem, objective
+from jaxsoftmax.objective import Params, centred, certify, make_problem, objective, present_classes
 from jaxsoftmax.solvers import Fit, Status, lbfgs
 
 SOLVERS = ("auto", "lbfgs")
@@ -34,18 +34,21 @@ def fit(
 
     .. math:: \min_{W, b} \sum_i c_i\, \ell(W x_i + b + o_i,\, y_i) + \tfrac{\lambda}{2} \|W\|^2
 
-    with the cross-entropy :math:`\ell`, features x, labels y, offsets o, penalty :math:`\lambda` (`l2`) and
-    shares :math:`c_i = w_i / \sum_j w_j` of the weights w (`sample_weight`). The bias is not penalised.
+    with the cross-entropy :math:`\ell`, features x, labels y, offsets o, penalty :math:`\lambda`
+    (`l2`) and shares :math:`c_i = w_i / \sum_j w_j` of the weights w (`sample_weight`). The bias is
+    not penalised.
 
-    It is a pure function: it works under `jit` (with `num_classes`, `fit_bias`, `solver` and `max_iter` static),
-    under `vmap` over any array argument, and inside `scan`. One problem shape is compiled once.
+    It is a pure function: it works under `jit` (with `num_classes`, `fit_bias`, `solver` and
+    `max_iter` static), under `vmap` over any array argument, and inside `scan`. One problem shape
+    is compiled once.
 
     Args:
       features: (examples, features), real; bfloat16 and float16 are computed in float32.
       labels: integer classes (examples,), or probabilities (examples, classes) whose rows sum to 1.
       num_classes: number of classes, at least 2.
-      l2: penalty on the weights per mean loss, at least 0. scikit-learn's `C` is 1 / (l2 * sum(sample_weight)).
-      sample_weight: (examples,), not negative; weight 2 equals a repeated example, 0 a dropped one. None for 1.
+      l2: penalty on the weights, at least 0. scikit-learn's `C` is 1 / (l2 * sum(sample_weight)).
+      sample_weight: (examples,), not negative; weight 2 equals a repeated example, 0 a dropped one.
+        None for 1.
       offset: (examples, classes), added to the logits. None for 0.
       init: parameters to start from, for example of a similar fit. None for 0.
       fit_bias: whether to fit the bias; without, it is 0.
@@ -54,16 +57,18 @@ def fit(
       max_iter: the most iterations of the solver.
 
     Returns:
-      A `Fit`. Its parameters sum to 0 over the classes. A class that no example of positive weight has gets
-      bias -inf, which is probability 0, and weights 0. If the objective is not finite the status is DIVERGED and
-      the parameters are NaN; so it is, under jit, where a value is invalid (the list under Raises).
+      A `Fit`. Its parameters sum to 0 over the classes. A class that no example of positive weight
+      has gets bias -inf, which is probability 0, and weights 0. If the objective is not finite the
+      status is DIVERGED and the parameters are NaN; so it is, under jit, where a value is invalid
+      (the list under Raises).
 
     Raises:
-      TypeError: an array is not real, `labels` is boolean or floating without a class axis, or `num_classes`,
-        `max_iter`, `fit_bias` or `solver` has another type.
-      ValueError: a shape does not fit; `num_classes` is below 2; `max_iter` is negative; `solver` is unknown; or,
-        outside jit, a label is out of range, a row of probability labels is negative or does not sum to 1, `l2`
-        is negative, `tol` is not positive, or `sample_weight` has a negative entry or no positive one.
+      TypeError: an array is not real, `labels` is boolean or floating without a class axis, or
+        `num_classes`, `max_iter`, `fit_bias` or `solver` has another type.
+      ValueError: a shape does not fit; `num_classes` is below 2; `max_iter` is negative; `solver`
+        is unknown; or, outside jit, a label is out of range, a row of probability labels is
+        negative or does not sum to 1, `l2` is negative, `tol` is not positive, or `sample_weight`
+        has a negative entry or no positive one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,10 +96,9 @@ def fit(
     examples, width = features.shape
     dtype = compute_dtype(features.dtype)
     l2 = _checks.scalar("l2", l2).astype(dtype)
-    tol = _checks.scalar("tol", tol).astype(dtype)
+    tol = _checks.scalar("tol", tol, positive=True).astype(dtype)
     if sample_weight is not None:
-        sample_weight = _checks.real_array("sample_weight", sample_weight)
-        _checks.has_shape("sample_weight", sample_weight, (examples,), "(examples,)")
+        sample_weight = _checks.weights("sample_weight", sample_weight, examples)
     if offset is not None:
         offset = _checks.real_array("offset", offset)
         _checks.has_shape("offset", offset, (examples, num_classes), "(examples, classes)")
@@ -105,25 +109,10 @@ def fit(
         )
         _checks.has_shape("init.weights", init.weights, (num_classes, width), "(classes, features)")
         _checks.has_shape("init.bias", init.bias, (num_classes,), "(classes,)")
-    _check_values(l2, tol, sample_weight)
+    limit = jnp.asarray(max_iter, jnp.int32)
     return _fit(
-        features, labels, l2, sample_weight, offset, init, tol, max_iter, num_classes, fit_bias
+        features, labels, l2, sample_weight, offset, init, tol, limit, num_classes, fit_bias
     )
-
-
-def _check_values(l2: Array, tol: Array, sample_weight: Array | None) -> None:
-    """The checks of values, each where the value is known; under jit `make_problem` makes the objective NaN."""
-    if _checks.is_concrete(l2) and not l2 >= 0:
-        raise ValueError(f"l2 must be at least 0, got {l2}")
-    if _checks.is_concrete(tol) and not tol > 0:
-        raise ValueError(f"tol must be above 0, got {tol}")
-    if sample_weight is not None and _checks.is_concrete(sample_weight):
-        if not bool(jnp.all(sample_weight >= 0)):
-            raise ValueError(
-                f"sample_weight must not be negative or NaN, got {sample_weight.min()}"
-            )
-        if not bool(jnp.any(sample_weight > 0)):
-            raise ValueError("sample_weight must have a positive entry, got none")
 
 
 @partial(jax.jit, static_argnames=("num_classes", "fit_bias"))
@@ -135,30 +124,25 @@ def _fit(
     offset: Array | None,
     init: Params | None,
     tol: Array,
-    max_iter: int,
+    max_iter: Array,
     num_classes: int,
     fit_bias: bool,
 ) -> Fit:
+    classes = present_classes(labels, sample_weight, num_classes)
     problem = make_problem(
-        features, labels, l2=l2, sample_weight=sample_weight, offset=offset, num_classes=num_classes
+        features, labels, l2=l2, sample_weight=sample_weight, offset=offset, classes=classes
     )
-    classes, dtype = problem.classes, problem.features.dtype
+    dtype = problem.features.dtype
     if init is None:
         init = Params(
-            jnp.zeros((num_classes, features.shape[1]), dtype), jnp.zeros(num_classes, dtype)
+            weights=jnp.zeros((num_classes, features.shape[1]), dtype),
+            bias=jnp.zeros(num_classes, dtype),
         )
     # A class absent from the fit that gave `init` has bias -inf there, and may be present here.
-    init = init._replace(
-        bias=jnp.where(init.bias == -jnp.inf, 0, init.bias) if fit_bias else 0 * init.bias
-    )
-
-    def value_fn(params: Params) -> Array:
-        return objective(
-            params if fit_bias else params._replace(bias=lax.stop_gradient(params.bias)), problem
-        )
-
+    finite = jnp.where(init.bias == -jnp.inf, 0, init.bias)
+    init = init._replace(bias=finite if fit_bias else jnp.zeros_like(finite))
     result = lbfgs(
-        value_fn,
+        lambda params: objective(params, problem, fit_bias=fit_bias),
         lambda params: certify(params, problem, fit_bias=fit_bias, tol=tol),
         centred(init, classes),
         tol=tol,
@@ -166,6 +150,5 @@ def _fit(
     )
     weights, bias = centred(result.params, classes)
     poison = jnp.where(result.status == Status.DIVERGED, jnp.nan, 0).astype(dtype)
-    return result._replace(
-        params=Params(weights + poison, jnp.where(classes, bias, -jnp.inf) + poison)
-    )
+    params = Params(weights + poison, jnp.where(classes, bias, -jnp.inf) + poison)
+    return result._replace(params=params)

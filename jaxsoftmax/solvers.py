@@ -28,8 +28,8 @@ class Fit(NamedTuple):
     Attributes:
       params: weights (classes, features) and bias (classes,).
       objective: mean loss plus penalty, in nats per example.
-      gap: bound on (objective - minimum) / objective: the duality gap where l2 > 0, half the squared Newton
-        decrement where l2 = 0.
+      gap: bound on (objective - minimum) / objective: the duality gap where l2 > 0, half the
+        squared Newton decrement where l2 = 0.
       gradient_norm: 2-norm of the objective's gradient.
       iterations: iterations of the solver.
       status: a `Status`.
@@ -67,10 +67,11 @@ def lbfgs(
     tol: Array,
     max_iter: Array,
 ) -> Fit:
-    """L-BFGS with a zoom line search (`optax.lbfgs`) until the certified relative gap is at most `tol`.
+    """L-BFGS with a zoom line search (`optax.lbfgs`) until the certified relative gap is at most
+    `tol`.
 
-    A certificate costs about two gradients, so one is asked for at `init` and then only when the gradient norm
-    has fallen to where the last certificate suggests that the gap is small enough.
+    A certificate costs about two gradients, so one is asked for at `init` and then only when the
+    gradient norm has fallen to where the last certificate suggests that the gap is small enough.
     """
     optimizer = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(value_fn)

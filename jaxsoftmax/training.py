@@ -3,14 +3,16 @@
     optimizer = optax.adam(1e-2)
     state = training.init(features.shape[1], num_classes, optimizer=optimizer)
     state, losses = training.train(
-        state, features, labels, optimizer=optimizer, key=jax.random.key(0), epochs=20, batch_size=128
+        state, features, labels, optimizer=optimizer, key=jax.random.key(0), epochs=20,
+        batch_size=128
     )
     metrics = training.evaluate(state.params, test_features, test_labels)
 
-`fit` reaches the optimum in fewer passes where the data fit in memory; this is for data that do not, and for
-optimisers of one's own. `train` is a loop over `train_step`, for those who write their own loop.
+`fit` reaches the optimum in fewer passes where the data fit in memory; this is for data that do
+not, and for optimisers of one's own. `train` is a loop over `train_step`, for those who write their
+own loop.
 
-Shapes: as in `jaxsoftmax.objective`; a batch is its own problem, whose loss is the mean over the batch.
+Shapes are those of `jaxsoftmax.objective`. A batch is a problem of its own, with its mean loss.
 """
 
 from collections.abc import Iterator
@@ -42,14 +44,14 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Mean cross-entropy in nats per example, and the fraction of examples whose likeliest class is right."""
+    """Mean cross-entropy in nats per example, and the fraction of examples classified right."""
 
     loss: Float[Array, ""]
     accuracy: Float[Array, ""]
 
 
 class Batch(NamedTuple):
-    """Examples of one step; `sample_weight` is 0 in the rows that only fill up the last batch of an epoch."""
+    """Examples of one step; rows that only fill up the last batch have `sample_weight` 0."""
 
     features: Shaped[ArrayLike, "batch features"]
     labels: Shaped[ArrayLike, "batch *classes"]
@@ -98,8 +100,8 @@ def train_step(
 ) -> tuple[TrainState, Float[Array, ""]]:
     """One step of the optimiser on the objective of one batch.
 
-    It is compiled once per batch shape and optimiser: make the optimiser once, outside the loop. The memory of
-    `state` is reused for the new state (`donate_argnames`), so the old one is gone after the call.
+    It is compiled once per batch shape and optimiser: make the optimiser once, outside the loop.
+    The memory of `state` is reused for the new state, so the old one is gone after the call.
 
     Args:
       state: what `init` or the last step gave.
@@ -110,8 +112,9 @@ def train_step(
       l2: penalty on the weights per mean loss.
 
     Returns:
-      The new state, and the batch's objective in nats before the step. The objective is NaN where a label is out
-      of range, a probability label is negative or does not sum to 1, or `l2` or a weight is negative.
+      The new state, and the batch's objective in nats before the step. The objective is NaN where a
+      label is out of range, a probability label is negative or does not sum to 1, or `l2` or a
+      weight is negative.
 
     Raises:
       TypeError: an array is not real, or `labels` is boolean or floating without a class axis.
@@ -120,8 +123,7 @@ def train_step(
     num_classes, width = state.params.weights.shape
     features, labels = _checks.examples(features, labels, num_classes, width)
     if sample_weight is not None:
-        sample_weight = _checks.real_array("sample_weight", sample_weight)
-        _checks.has_shape("sample_weight", sample_weight, features.shape[:1], "(batch,)")
+        sample_weight = _checks.weights("sample_weight", sample_weight, features.shape[0])
     problem = make_problem(
         features.astype(state.params.weights.dtype),
         labels,
@@ -151,8 +153,8 @@ def evaluate(
     Args:
       params: weights (classes, features) and bias (classes,).
       features: (examples, features), real.
-      labels: integer classes (examples,), or probabilities (examples, classes), of which the largest counts as
-        the right class.
+      labels: integer classes (examples,), or probabilities (examples, classes), of which the
+        largest counts as the right class.
 
     Returns:
       `Metrics`; the loss is without penalty. Over no example they are NaN.
@@ -185,7 +187,8 @@ def shuffled_batches(
     Args:
       features: (examples, features), kept on the host; one batch at a time goes to the device.
       labels: integer classes (examples,), or probabilities (examples, classes).
-      batch_size: examples a batch; where it does not divide their number, rows of weight 0 fill up the last one.
+      batch_size: examples a batch, at least 1; where it does not divide their number, rows of
+        weight 0 fill up the last batch.
       key: random key, as `jax.random.key` makes it.
 
     Yields:
@@ -225,14 +228,15 @@ def train(
       epochs: passes over the examples, at least 1.
       batch_size: examples a step, at least 1; at most all are taken.
       l2: penalty on the weights per mean loss.
-      progress: show a tqdm progress bar with the mean objective of the last epoch; needs `jaxsoftmax[train]`.
+      progress: show a tqdm progress bar with the mean objective of the last epoch; needs
+        `jaxsoftmax[train]`.
 
     Returns:
       The state after the last step, and the objective of every step in nats.
 
     Raises:
-      TypeError: an array is not real, `labels` is boolean or floating without a class axis, or a number is not
-        an integer.
+      TypeError: an array is not real, `labels` is boolean or floating without a class axis, or a
+        number is not an integer.
       ValueError: a shape does not fit, a number is too small, or a label is out of range.
       ModuleNotFoundError: `progress` is wanted and tqdm is not installed.
 
@@ -243,8 +247,8 @@ def train(
       >>> optimizer = optax.adam(0.1)
       >>> state = training.init(1, 2, optimizer=optimizer)
       >>> state, losses = training.train(
-      ...     state, features, labels, optimizer=optimizer, key=jax.random.key(0), epochs=50, batch_size=2,
-      ...     progress=False,
+      ...     state, features, labels, optimizer=optimizer, key=jax.random.key(0), epochs=50,
+      ...     batch_size=2, progress=False,
       ... )
       >>> losses.shape
       (100,)

@@ -1,0 +1,512 @@
+"""Softmax, log-softmax, log-sum-exp and their derivatives."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from jax import lax
+from jax.test_util import check_grads
+
+from jaxsoftmax import log_softmax, logsumexp, softmax, softmax_jacobian
+from tests import helpers
+from tests.helpers import CASE_IDS, CASES, DTYPES, WIDE, Case, eps
+
+inf, nan = np.inf, np.nan
+FUNCTIONS: list[Callable[..., Any]] = [softmax, log_softmax, partial(logsumexp, axis=-1)]
+FUNCTION_IDS = ["softmax", "log_softmax", "logsumexp"]
+over_functions = pytest.mark.parametrize("f", FUNCTIONS, ids=FUNCTION_IDS)
+over_cases = pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: jnp.dtype(dtype).name)
+
+
+def normal(*shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(sum(shape)), shape, WIDE)
+
+
+# Values
+
+
+@over_cases
+@over_dtypes
+def test_softmax_equals_the_float64_reference(case: Case, dtype: Any) -> None:
+    x, exact = helpers.logits_of(case, dtype)
+    y = softmax(x, case.axis, case.where)
+    assert y.dtype == dtype
+    assert y.shape == x.shape
+    # exp turns the rounding of x - m, at most |x - m| eps / 2, into a relative error.
+    expected = helpers.softmax(exact, case.axis)
+    smallest = float(jnp.finfo(dtype).smallest_subnormal)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, 40 * eps(dtype), smallest)
+
+
+@over_cases
+@over_dtypes
+def test_log_softmax_equals_the_float64_reference(case: Case, dtype: Any) -> None:
+    x, exact = helpers.logits_of(case, dtype)
+    y = log_softmax(x, case.axis, case.where)
+    assert y.dtype == dtype
+    expected = helpers.log_softmax(exact, case.axis)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, 4 * eps(dtype), 4 * eps(dtype))
+
+
+@over_cases
+@over_dtypes
+def test_logsumexp_equals_the_float64_reference(case: Case, dtype: Any) -> None:
+    x, exact = helpers.logits_of(case, dtype)
+    y = logsumexp(x, case.axis, where=case.where)
+    assert y.dtype == dtype
+    expected = helpers.logsumexp(exact, case.axis)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, 4 * eps(dtype), 4 * eps(dtype))
+
+
+@over_cases
+def test_values_equal_those_of_jax_nn(case: Case) -> None:
+    x, _ = helpers.logits_of(case, WIDE)
+    where = None if case.where is None else jnp.broadcast_to(case.where, x.shape)
+    close = partial(np.testing.assert_allclose, rtol=40 * eps(WIDE), atol=4 * eps(WIDE))
+    close(softmax(x, case.axis, where), jax.nn.softmax(x, case.axis, where))
+    close(log_softmax(x, case.axis, where), jax.nn.log_softmax(x, case.axis, where))
+    for keepdims in (False, True):
+        ours = logsumexp(x, case.axis, None, keepdims, False, where)
+        theirs = jax.scipy.special.logsumexp(x, case.axis, None, keepdims, False, where)
+        assert ours.shape == theirs.shape
+        close(ours, theirs)
+
+
+def test_defaults_are_those_of_jax_nn() -> None:
+    x = normal(3, 4)
+    np.testing.assert_allclose(softmax(x).sum(-1), 1, 4 * eps(WIDE))
+    assert logsumexp(x).shape == ()
+
+
+@pytest.mark.parametrize("x", [np.array([1, 2, 3], np.uint8), np.array([-100, 100], np.int8)])
+@over_functions
+def test_integers_are_promoted_before_anything_else(f: Callable[..., Any], x: Any) -> None:
+    y = f(x)
+    assert y.dtype == WIDE
+    np.testing.assert_array_equal(y, f(jnp.asarray(x, WIDE)))
+
+
+@over_functions
+def test_booleans_and_numpy_arrays_and_scalars_are_taken(f: Callable[..., Any]) -> None:
+    np.testing.assert_array_equal(f(np.array([True, False])), f(jnp.array([1.0, 0.0])))
+    np.testing.assert_array_equal(f(np.array([2.0], np.float32)), f(jnp.array([2.0], jnp.float32)))
+    assert softmax(3.0, None) == 1
+
+
+def test_empty_input() -> None:
+    assert softmax(jnp.zeros(0)).shape == (0,)
+    assert log_softmax(jnp.zeros((2, 0))).shape == (2, 0)
+    assert logsumexp(jnp.zeros(0)) == -inf
+    np.testing.assert_array_equal(logsumexp(jnp.zeros((2, 0)), 1), [-inf, -inf])
+
+
+@pytest.mark.parametrize("count", [512, 8192])
+def test_uniform_bfloat16_rows(count: int) -> None:
+    p = softmax(jnp.zeros(count, jnp.bfloat16))
+    np.testing.assert_array_equal(p.astype(jnp.float32), 1 / count)
+
+
+def test_long_float16_rows_do_not_overflow() -> None:
+    x = jnp.zeros(70000, jnp.float16)
+    np.testing.assert_allclose(np.asarray(softmax(x), float), 1.4286e-5, rtol=2e-3)
+    np.testing.assert_allclose(np.asarray(log_softmax(x), float), -11.156, rtol=eps(jnp.float16))
+    np.testing.assert_allclose(jax.grad(lambda x: log_softmax(x).sum())(x), 0, atol=1e-2)
+    x = jax.random.normal(jax.random.key(0), (70000,), jnp.float16)
+    assert jnp.isfinite(jax.grad(lambda x: log_softmax(x).sum())(x)).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "of_softmax", "of_log_softmax", "of_logsumexp"),
+    [
+        ([-inf, 0.0], [0, 1], [-inf, 0], 0),
+        ([-inf, -inf], [nan, nan], [nan, nan], -inf),
+        ([inf, 0.0], [nan, nan], [nan, nan], inf),
+        ([inf, -inf], [nan, nan], [nan, nan], inf),
+        ([nan, 0.0], [nan, nan], [nan, nan], nan),
+    ],
+)
+def test_infinite_and_nan_entries(
+    x: list[float], of_softmax: Any, of_log_softmax: Any, of_logsumexp: Any
+) -> None:
+    np.testing.assert_array_equal(softmax(jnp.array(x)), of_softmax)
+    np.testing.assert_array_equal(log_softmax(jnp.array(x)), of_log_softmax)
+    np.testing.assert_array_equal(logsumexp(jnp.array(x)), of_logsumexp)
+
+
+def test_a_scaled_input_inside_jit_stays_finite_and_equals_eager() -> None:
+    def scaled(x: jax.Array) -> jax.Array:
+        return softmax(x * c)
+
+    c = np.float32(1 / 3)
+    rows = np.random.default_rng(0).normal(size=(1000, 4)).astype(np.float32) * 1e11
+    rows[0] = [3e10, 1e10, 0, 0]
+    jitted = jax.jit(scaled)(rows)
+    assert jnp.isfinite(jitted).all()
+    np.testing.assert_allclose(jitted.sum(-1), 1, rtol=4 * eps(jnp.float32))
+    np.testing.assert_array_equal(jitted.argmax(-1), scaled(jnp.asarray(rows)).argmax(-1))
+
+
+def test_a_size_one_axis_under_jit_equals_eager() -> None:
+    x = normal(3, 1, 1)
+    np.testing.assert_allclose(jax.jit(partial(softmax, axis=0))(x), softmax(x, 0), 4 * eps(WIDE))
+
+
+# Masks
+
+
+def test_what_is_masked_reaches_no_value_and_no_derivative() -> None:
+    where = jnp.array([True, True, False])
+    for hidden in (100.0, 1e30, inf, -inf, nan):
+        x = jnp.array([1.0, 1.0, hidden])
+        np.testing.assert_array_equal(softmax(x, where=where), [0.5, 0.5, 0])
+        np.testing.assert_allclose(log_softmax(x, where=where), [-np.log(2), -np.log(2), -inf])
+        np.testing.assert_allclose(logsumexp(x, where=where), 1 + np.log(2), 4 * eps(WIDE))
+        for f in FUNCTIONS:
+            masked = partial(f, where=where)
+            first = np.asarray(jax.jacobian(masked)(x))
+            assert np.isfinite(first).all()
+            assert not first[..., 2].any()
+            assert np.isfinite(jax.hessian(masked)(x)).all()
+            tangent = jnp.array([1.0, 2.0, hidden])
+            assert np.isfinite(jax.jvp(masked, (x,), (tangent,))[1]).all()
+
+
+@over_functions
+def test_a_row_masked_throughout_is_empty_without_nan(f: Callable[..., Any]) -> None:
+    x = jnp.array([[1.0, 2.0, nan], [3.0, inf, 5.0]])
+    where = jnp.array([[True, True, False], [False, False, False]])
+    empty = {"softmax": 0, "log_softmax": -inf}.get(getattr(f, "__name__", ""), -inf)
+    with jax.debug_nans(True):
+        np.testing.assert_array_equal(f(x, where=where)[1], empty)
+        jacobian = jax.jacobian(lambda x: f(x, where=where))(x)
+        hessian = jax.hessian(lambda x: f(x, where=where))(x)
+    assert np.isfinite(jacobian).all()
+    assert not np.asarray(jacobian)[1].any()
+    assert np.isfinite(hessian).all()
+
+
+def test_a_row_of_impossible_entries_has_logsumexp_with_gradient_zero() -> None:
+    x = jnp.full(3, -inf)
+    with jax.debug_nans(True):
+        np.testing.assert_array_equal(jax.grad(logsumexp)(x), 0)
+        np.testing.assert_array_equal(jax.hessian(logsumexp)(x), 0)
+
+
+@over_functions
+def test_derivatives_at_impossible_entries_are_finite(f: Callable[..., Any]) -> None:
+    x, tangent = jnp.array([-inf, 0.0, 1.0]), jnp.array([0.0, 1.0, 0.0])
+    with jax.debug_nans(True):
+        assert np.isfinite(jax.jvp(f, (x,), (tangent,))[1]).all()
+        assert np.isfinite(jax.hessian(f)(x)).all()
+
+
+@over_functions
+def test_a_traced_mask_leaks_no_tracer(f: Callable[..., Any]) -> None:
+    x, masks = normal(4), jnp.array([[True, False, True, True], [True, True, False, False]])
+
+    def in_scan(x: jax.Array) -> jax.Array:
+        def body(total: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+            y = f(lax.cond(mask[1], lambda x: 2 * x, lambda x: x, x), where=mask)
+            return total + jnp.sum(jnp.where(jnp.isfinite(y), y, 0) ** 2), None
+
+        return lax.scan(body, jnp.zeros((), WIDE), masks)[0]
+
+    def in_vmap(x: jax.Array) -> jax.Array:
+        y = jax.vmap(lambda mask: f(jnp.where(mask[1], 2 * x, x), where=mask))(masks)
+        return jnp.sum(jnp.where(jnp.isfinite(y), y, 0) ** 2)
+
+    with jax.checking_leaks():
+        np.testing.assert_allclose(jax.grad(in_scan)(x), jax.grad(in_vmap)(x), 20 * eps(WIDE))
+
+
+# logsumexp's own arguments
+
+
+def test_factors_signs_and_kept_axes_equal_scipy() -> None:
+    a, b = np.asarray(normal(3, 4), np.float64), np.asarray(normal(4, 3).T, np.float64)
+    for axis in (None, 0, -1, (0, 1)):
+        for keepdims in (False, True):
+            expected = scipy.special.logsumexp(a, axis, b, keepdims, True)
+            ours = logsumexp(a, axis, b, keepdims, True)
+            for got, want in zip(ours, expected, strict=True):
+                assert got.shape == np.shape(want)
+                np.testing.assert_allclose(got, want, 100 * eps(WIDE), 100 * eps(WIDE))
+
+
+def test_known_sums_with_factors() -> None:
+    b = jnp.array([2.0, 0.0, 5.0])
+    zeros = jnp.zeros(3)
+    np.testing.assert_allclose(logsumexp(zeros, b=b), np.log(7), 4 * eps(WIDE))
+    gradient = jax.grad(lambda b: logsumexp(zeros, b=b))(b)
+    np.testing.assert_allclose(gradient, 1 / 7, 4 * eps(WIDE))
+    value, sign = logsumexp(
+        jnp.array([1.0, 0.9, 0.9]), b=jnp.array([-1.0, 1.0, 1.0]), return_sign=True
+    )
+    np.testing.assert_allclose(value, 0.7888774, 1e-6)
+    assert sign == 1
+    value, sign = logsumexp(zeros, b=-b, return_sign=True)
+    np.testing.assert_allclose(value, np.log(7), 4 * eps(WIDE))
+    assert sign == -1
+    assert jnp.isnan(logsumexp(zeros, b=-b))
+    assert jnp.isnan(jax.grad(logsumexp)(zeros, b=-b)).all()
+    assert logsumexp(jnp.array([1000.0, 1.0]), b=jnp.array([0, 1])) == 1
+    value, sign = logsumexp(zeros[:2], b=jnp.array([1, -1]), return_sign=True)
+    assert value == -inf
+    assert sign == 0
+
+
+def test_a_masked_factor_counts_for_nothing() -> None:
+    a, where = jnp.array([0.0, 0.0, 7.0]), jnp.array([True, True, False])
+
+    def f(a: jax.Array, b: jax.Array) -> jax.Array:
+        return logsumexp(a, b=b, where=where)
+
+    b = jnp.array([1.0, 2.0, nan])
+    np.testing.assert_allclose(f(a, b), np.log(3), 4 * eps(WIDE))
+    for gradient in jax.grad(f, (0, 1))(a, b):
+        assert jnp.isfinite(gradient).all()
+        assert gradient[2] == 0
+
+
+# Derivatives
+
+
+@pytest.mark.parametrize("f", [*FUNCTIONS, softmax_jacobian], ids=[*FUNCTION_IDS, "jacobian"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_derivatives_equal_finite_differences(f: Callable[..., Any], masked: bool) -> None:
+    where = jnp.array([True, False, True, True, True]) if masked else None
+
+    def finite(x: jax.Array) -> jax.Array:
+        y = f(x, where=where)
+        return jnp.where(jnp.isfinite(y), y, 0)
+
+    check_grads(finite, (normal(5),), order=2)
+
+
+def test_derivatives_of_a_signed_sum_equal_finite_differences() -> None:
+    def f(a: jax.Array, b: jax.Array) -> jax.Array:
+        return logsumexp(a, -1, b, return_sign=True)[0]
+
+    check_grads(f, (normal(2, 4), normal(4, 2).T), order=2)
+
+
+def test_first_and_second_derivatives_are_the_analytic_ones() -> None:
+    x = normal(5)
+    p = np.asarray(softmax(x))
+    jacobian = np.diag(p) - np.outer(p, p)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=4 * eps(WIDE))
+    for jac in (jax.jacfwd, jax.jacrev):
+        close(jac(softmax)(x), jacobian)
+        close(jac(log_softmax)(x), np.eye(5) - p)
+        close(jac(logsumexp)(x), p)
+    close(jax.hessian(logsumexp)(x), jacobian)
+    eye = np.eye(5)
+    second = np.einsum("ik,ij->ijk", jacobian, eye - p) - np.einsum("i,jk->ijk", p, jacobian)
+    close(jax.hessian(softmax)(x), second)
+    v = normal(6)[:5]
+    product = jax.jvp(lambda x: jax.vjp(softmax, x)[1](v)[0], (x,), (v,))[1]
+    close(product, np.einsum("ijk,i,k->j", second, v, v))
+
+
+def test_saturated_rows_keep_their_tiny_derivatives() -> None:
+    gap = 40.0 if jnp.float64 == WIDE else 20.0
+    tail = np.exp(-gap)
+    x = jnp.array([gap, 0.0], WIDE)
+    cotangent = jnp.array([1.0, 0.0], WIDE)
+    for f in (softmax, log_softmax):
+        row = jax.vjp(f, x)[1](cotangent)[0]
+        np.testing.assert_allclose(row, [tail, -tail], 32 * eps(WIDE))
+    tangent = jax.jvp(softmax, (x,), (cotangent,))[1]
+    np.testing.assert_allclose(tangent, [tail, -tail], 32 * eps(WIDE))
+    tangent = jax.jvp(log_softmax, (x,), (cotangent,))[1]
+    np.testing.assert_allclose(tangent, [tail, tail - 1], 32 * eps(WIDE))
+    hessian = jax.hessian(logsumexp)(x)
+    np.testing.assert_allclose(hessian, [[tail, -tail], [-tail, tail]], 32 * eps(WIDE))
+    np.testing.assert_allclose(softmax_jacobian(x), hessian, 32 * eps(WIDE))
+
+
+@over_functions
+@over_dtypes
+def test_each_rule_keeps_one_residual_in_the_dtype_of_the_input(
+    f: Callable[..., Any], dtype: Any
+) -> None:
+    x = normal(3, 4).astype(dtype)
+    for vjp in (jax.vjp(f, x)[1], jax.vjp(jax.jit(f), x)[1]):
+        (residual,) = jax.tree.leaves(vjp)
+        assert residual.shape == x.shape
+        assert residual.dtype == dtype
+
+
+@over_functions
+def test_a_jitted_gradient_is_traced_once(f: Callable[..., Any]) -> None:
+    traces = 0
+
+    def loss(x: jax.Array) -> jax.Array:
+        nonlocal traces
+        traces += 1
+        return jnp.sum(f(x) ** 2)
+
+    gradient = jax.jit(jax.grad(loss))
+    for row in normal(3, 4):
+        gradient(row)
+    assert traces == 1
+
+
+# Transformations
+
+
+@over_functions
+def test_jit_equals_eager_and_vmap_equals_a_loop(f: Callable[..., Any]) -> None:
+    x, where = normal(3, 4, 5), jnp.asarray(helpers._mask(3, 4, 5))
+    close = partial(np.testing.assert_allclose, rtol=20 * eps(WIDE), atol=4 * eps(WIDE))
+    close(jax.jit(f)(x, where=where), f(x, where=where))
+    batched = jax.vmap(lambda x, where: f(x, where=where), in_axes=1)(x, where)
+    close(batched, jnp.stack([f(x[:, i], where=where[:, i]) for i in range(4)]))
+    gradient = jax.grad(lambda x: jnp.sum(f(x)[..., 0] ** 2))
+    close(jax.vmap(gradient)(x), jnp.stack([gradient(row) for row in x]))
+
+
+# Invariants
+
+# A few shapes only: each is compiled anew.
+rows = hnp.arrays(
+    np.float32, st.sampled_from([(3, 1), (2, 2), (2, 5)]), elements=st.floats(-50, 50, width=32)
+)
+
+
+@hypothesis.given(rows)
+def test_rows_sum_to_one_and_a_vjp_row_to_zero(x: Any) -> None:
+    p, vjp = jax.vjp(softmax, jnp.asarray(x))
+    np.testing.assert_allclose(p.sum(-1), 1, rtol=2 * eps(jnp.float32) * np.sqrt(x.shape[1]))
+    (row,) = vjp(jnp.asarray(x[:, ::-1]))
+    # A constant cotangent has the row 0, up to what two roundings of it leave.
+    twice_rounded = x.shape[1] * eps(jnp.float32) ** 2 * np.abs(x).max(-1)
+    bound = 4 * eps(jnp.float32) * np.abs(row).max(-1) + twice_rounded
+    assert (np.abs(np.asarray(row, np.float64).sum(-1)) <= bound).all()
+
+
+@hypothesis.given(rows, st.integers(-1000, 1000))
+def test_a_common_shift_changes_nothing(x: Any, shift: int) -> None:
+    x = np.round(x)
+    moved = x + np.float32(shift)
+    np.testing.assert_array_equal(softmax(moved), softmax(x))
+    np.testing.assert_array_equal(log_softmax(moved), log_softmax(x))
+    expected = logsumexp(x, -1) + np.float32(shift)
+    np.testing.assert_allclose(logsumexp(moved, -1), expected, rtol=1e-6, atol=2e-4)
+
+
+@hypothesis.given(rows, st.randoms(use_true_random=False))
+def test_a_permutation_goes_through(x: Any, random: Any) -> None:
+    order = random.sample(range(x.shape[1]), x.shape[1])
+    close = partial(np.testing.assert_allclose, rtol=4 * eps(jnp.float32), atol=1e-37)
+    close(softmax(x[:, order]), softmax(x)[:, np.array(order)])
+    close(logsumexp(x[:, order], -1), logsumexp(x, -1), atol=1e-6)
+
+
+@hypothesis.given(rows, st.data())
+def test_a_masked_entry_equals_a_dropped_one(x: Any, data: st.DataObject) -> None:
+    keep = data.draw(hnp.arrays(bool, x.shape[1]))
+    hypothesis.assume(keep.any())
+    close = partial(np.testing.assert_allclose, rtol=4 * eps(jnp.float32), atol=1e-37)
+    close(softmax(x, where=keep)[:, keep], softmax(x[:, keep]))
+    close(log_softmax(x, where=keep)[:, keep], log_softmax(x[:, keep]), atol=1e-6)
+    close(logsumexp(x, -1, where=keep), logsumexp(x[:, keep], -1), atol=1e-6)
+
+
+# The Jacobian
+
+
+def plain_softmax(x: jax.Array) -> jax.Array:
+    return jnp.exp(x) / jnp.exp(x).sum()
+
+
+def test_jacobian_equals_that_of_the_plain_definition() -> None:
+    x = normal(2, 3, 4)
+    by_rows = jax.vmap(jax.vmap(jax.jacfwd(plain_softmax)))
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=4 * eps(WIDE))
+    close(softmax_jacobian(x), by_rows(x))
+    close(softmax_jacobian(x, 0), by_rows(jnp.moveaxis(x, 0, -1)))
+    close(softmax_jacobian(x, 1), by_rows(jnp.moveaxis(x, 1, -1)))
+
+
+def test_jacobian_of_a_masked_row_has_zero_rows_and_columns() -> None:
+    x, where = jnp.array([1.0, nan, 3.0]), jnp.array([True, False, True])
+    jacobian = np.asarray(softmax_jacobian(x, where=where))
+    assert not jacobian[1].any()
+    assert not jacobian[:, 1].any()
+    expected = softmax_jacobian(x[where])
+    np.testing.assert_allclose(jacobian[np.ix_([0, 2], [0, 2])], expected, 4 * eps(WIDE))
+
+
+def test_jacobian_in_low_precision_is_rounded_once() -> None:
+    x = normal(6).astype(jnp.bfloat16)
+    expected = softmax_jacobian(x.astype(jnp.float32)).astype(jnp.bfloat16)
+    assert softmax_jacobian(x).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(softmax_jacobian(x), expected)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"axis": 2}, ValueError, r"axis must be in \[-2, 2\) for an array of rank 2, got 2"),
+        ({"axis": -3}, ValueError, r"axis must be in \[-2, 2\) for an array of rank 2, got -3"),
+        ({"axis": True}, TypeError, "axis must be an integer, got the bool True"),
+        ({"axis": 1.0}, TypeError, "axis must be an integer, got 1.0"),
+        ({"axis": "0"}, TypeError, "axis must be an integer, got '0'"),
+        ({"where": np.ones(3)}, TypeError, "where must be boolean, got dtype float"),
+        (
+            {"where": np.ones(2, bool)},
+            ValueError,
+            r"where must broadcast to shape \(2, 3\), got shape \(2,\)",
+        ),
+        (
+            {"where": np.ones((4, 2, 3), bool)},
+            ValueError,
+            r"where must broadcast to shape \(2, 3\), got shape \(4, 2, 3\)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("f", [softmax, log_softmax, logsumexp, softmax_jacobian])
+@pytest.mark.usefixtures("no_jaxtyping")
+def test_bad_arguments_are_named(
+    f: Callable[..., Any], kwargs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    f(jnp.zeros((2, 3)), axis=1)  # axis=True must not find this call in a cache
+    for function in (f, jax.jit(partial(f, **kwargs))):
+        arguments = {} if function is not f else kwargs
+        with pytest.raises(error, match=message):
+            function(jnp.zeros((2, 3)), **arguments)
+
+
+@pytest.mark.usefixtures("no_jaxtyping")
+def test_bad_inputs_are_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"axis must not repeat, got \(0, -2\) for an array of rank 2"
+    ):
+        softmax(jnp.zeros((2, 3)), (0, -2))
+    with pytest.raises(
+        ValueError, match=r"axis must be in \[0, 0\) for an array of rank 0, got -1"
+    ):
+        softmax(jnp.zeros(()))
+    with pytest.raises(TypeError, match="x must hold real numbers, got dtype complex64"):
+        softmax(jnp.zeros(2, jnp.complex64))
+    with pytest.raises(TypeError, match=r"x must be an array of numbers, got array\('abc'"):
+        log_softmax(np.array("abc"))
+    with pytest.raises(ValueError, match=r"b must broadcast to shape \(3,\), got shape \(2, 3\)"):
+        logsumexp(jnp.zeros(3), b=jnp.zeros((2, 3)))
+    with pytest.raises(TypeError, match="a must hold real numbers, got dtype complex64"):
+        logsumexp(jnp.zeros(3, jnp.complex64))
+    with pytest.raises(TypeError, match=r"axis must be an integer, got \(0, 1\)"):
+        softmax_jacobian(jnp.zeros((2, 3)), (0, 1))  # type: ignore[arg-type]

@@ -1,0 +1,377 @@
+"""The fit: its optimum, its certificate, its invariances and its transformations."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from jaxsoftmax import Fit, Params, Status, fit, linear_logits, softmax
+from jaxsoftmax.objective import make_problem, objective
+from tests.helpers import WIDE, eps
+
+EXAMPLES, WIDTH, CLASSES = 60, 4, 3
+TOL = 1e-10 if jnp.float64 == WIDE else 1e-6
+close = partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-3)
+
+
+def data(seed: int = 0) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(EXAMPLES, WIDTH))
+    scores = features @ rng.normal(size=(WIDTH, CLASSES)) + rng.gumbel(size=(EXAMPLES, CLASSES))
+    return jnp.asarray(features, WIDE), jnp.asarray(scores.argmax(-1))
+
+
+small_fit = partial(fit, num_classes=CLASSES, l2=1e-2, tol=TOL, max_iter=500)
+
+
+def status(result: Fit) -> Status:
+    return Status(int(result.status))
+
+
+def test_the_optimum_is_that_of_scikit_learn() -> None:
+    features, labels = data()
+    result = small_fit(features, labels)
+    assert status(result) == Status.CONVERGED
+    assert result.gap <= TOL
+    peer = LogisticRegression(C=1 / (1e-2 * EXAMPLES), solver="newton-cg", tol=1e-10)
+    peer.fit(np.asarray(features, np.float64), np.asarray(labels))
+    close(result.params.weights, peer.coef_)
+    close(result.params.bias, peer.intercept_)
+    close(softmax(linear_logits(result.params, features)), peer.predict_proba(features))
+    problem = make_problem(features, labels, l2=jnp.asarray(1e-2))
+    best = objective(Params(*map(jnp.asarray, (peer.coef_, peer.intercept_))), problem)
+    assert abs(result.objective - best) <= max(TOL, 4 * eps(WIDE)) * best
+
+
+@pytest.mark.parametrize("tol", [1e-1, 1e-2, 1e-4])
+@pytest.mark.parametrize("fit_bias", [True, False])
+def test_the_gap_bounds_the_true_distance(tol: float, fit_bias: bool) -> None:
+    features, labels = data()
+    best = small_fit(features + 1, labels, fit_bias=fit_bias)
+    rough = small_fit(features + 1, labels, fit_bias=fit_bias, tol=tol)
+    distance = (rough.objective - best.objective) / best.objective
+    assert status(rough) == Status.CONVERGED
+    assert distance - 4 * eps(WIDE) <= rough.gap <= tol
+
+
+def test_without_penalty_the_gap_is_the_newton_decrement() -> None:
+    features, labels = data()
+    best = small_fit(features, labels, l2=0.0)
+    rough = small_fit(features, labels, l2=0.0, tol=1e-3)
+    assert status(best) == status(rough) == Status.CONVERGED
+    distance = (rough.objective - best.objective) / best.objective
+    assert 1e-7 < rough.gap <= 1e-3
+    np.testing.assert_allclose(rough.gap, distance, rtol=0.1)
+    peer = LogisticRegression(C=np.inf, solver="newton-cg", tol=1e-10)
+    peer.fit(np.asarray(features, np.float64), np.asarray(labels))
+    close(result_weights(best), peer.coef_ - peer.coef_.mean(0))
+
+
+def result_weights(result: Fit) -> jax.Array:
+    return result.params.weights
+
+
+def test_features_near_zero_do_not_pass_for_an_optimum_without_penalty() -> None:
+    features, labels = data()
+    result = small_fit(1e-2 * features, labels, l2=0.0, tol=1e-4)
+    assert status(result) == Status.CONVERGED
+    best = small_fit(features, labels, l2=0.0)
+    np.testing.assert_allclose(result.objective, best.objective, rtol=2e-4)
+
+
+@pytest.mark.parametrize("l2", [0.0, 1e-2])
+def test_parameters_sum_to_zero_over_the_classes(l2: float) -> None:
+    features, labels = data()
+    start = Params(jnp.ones((CLASSES, WIDTH)), jnp.arange(CLASSES).astype(WIDE))
+    for init in (None, start):
+        result = small_fit(features, labels, l2=l2, init=init)
+        assert jnp.abs(result.params.weights.sum(0)).max() < 10 * eps(WIDE)
+        assert jnp.abs(result.params.bias.sum()) < 10 * eps(WIDE)
+
+
+def test_probability_labels_are_taken_and_one_hot_rows_equal_integers() -> None:
+    features, labels = data()
+    by_integers = small_fit(features, labels)
+    by_rows = small_fit(features, jax.nn.one_hot(labels, CLASSES, dtype=WIDE))
+    close(by_rows.params.weights, by_integers.params.weights)
+    soft = jnp.full((EXAMPLES, CLASSES), 1 / CLASSES, WIDE)
+    uniform = small_fit(features, soft)
+    close(uniform.params.weights, 0)
+    close(uniform.objective, np.log(CLASSES))
+
+
+def test_weights_equal_repeated_and_dropped_rows() -> None:
+    features, labels = data()
+    counts = np.random.default_rng(1).integers(0, 4, EXAMPLES)
+    weighted = small_fit(features, labels, sample_weight=jnp.asarray(counts))
+    repeated = small_fit(jnp.repeat(features, counts, 0), jnp.repeat(labels, counts))
+    close(weighted.params.weights, repeated.params.weights)
+    close(weighted.params.bias, repeated.params.bias)
+    close(weighted.objective, repeated.objective, rtol=1e-5)
+
+
+def test_an_absent_class_has_probability_zero_and_changes_nothing() -> None:
+    features, labels = data()
+    without = small_fit(features, labels)
+    weight = jnp.ones(EXAMPLES).at[0].set(0.0)
+    extra = small_fit(
+        features, labels.at[0].set(CLASSES), num_classes=CLASSES + 1, sample_weight=weight
+    )
+    dropped = small_fit(features[1:], labels[1:])
+    close(extra.params.weights[:CLASSES], dropped.params.weights)
+    assert not extra.params.weights[CLASSES].any()
+    probabilities = softmax(linear_logits(extra.params, features))
+    np.testing.assert_array_equal(probabilities[:, CLASSES], 0)
+    # Such a fit may start another in which the class is present.
+    again = small_fit(
+        features, labels.at[0].set(CLASSES), num_classes=CLASSES + 1, init=extra.params
+    )
+    assert status(again) == Status.CONVERGED
+    assert status(without) == Status.CONVERGED
+
+
+def test_an_offset_is_added_to_the_logits() -> None:
+    features, labels = data()
+    shift = jnp.array([0.5, -1.0, 0.5], WIDE)
+    plain = small_fit(features, labels)
+    moved = small_fit(features, labels, offset=jnp.tile(shift, (EXAMPLES, 1)))
+    close(moved.params.weights, plain.params.weights)
+    close(moved.params.bias, plain.params.bias - shift)
+
+
+def test_without_a_bias_it_is_zero() -> None:
+    features, labels = data()
+    result = small_fit(features, labels, fit_bias=False)
+    peer = LogisticRegression(
+        C=1 / (1e-2 * EXAMPLES), solver="newton-cg", tol=1e-10, fit_intercept=False
+    )
+    peer.fit(np.asarray(features, np.float64), np.asarray(labels))
+    close(result.params.weights, peer.coef_)
+    assert not result.params.bias.any()
+
+
+def test_the_bias_is_not_penalised() -> None:
+    features, labels = data()
+    result = small_fit(features, labels, l2=1e4)
+    shares = jnp.bincount(labels, length=CLASSES) / EXAMPLES
+    close(softmax(result.params.bias), shares, rtol=1e-4)
+    constant = small_fit(jnp.column_stack([features, jnp.full(EXAMPLES, 5.0, WIDE)]), labels)
+    close(constant.params.weights[:, -1], 0)
+
+
+def test_a_warm_start_at_the_optimum_takes_no_iteration() -> None:
+    features, labels = data()
+    result = small_fit(features, labels, tol=1e-5)
+    again = small_fit(features, labels, tol=1e-5, init=result.params)
+    assert again.iterations == 0
+    assert status(again) == Status.CONVERGED
+
+
+def test_how_a_fit_ends() -> None:
+    features, labels = data()
+    limited = small_fit(features, labels, max_iter=3)
+    assert status(limited) == Status.MAX_ITER
+    assert limited.iterations == 3
+    assert limited.gap > TOL
+    assert status(small_fit(features, labels, max_iter=0)) == Status.MAX_ITER
+    impossible = small_fit(features, labels, tol=1e-30)
+    assert status(impossible) == Status.STALLED
+    assert 0 < impossible.gap < 1e-6
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_feature_that_is_not_finite_diverges_to_nan(bad: float) -> None:
+    features, labels = data()
+    result = small_fit(features.at[3, 1].set(bad), labels)
+    assert status(result) == Status.DIVERGED
+    for value in (*result.params, result.objective, result.gap):
+        assert jnp.isnan(value).all()
+
+
+def test_separable_data_without_penalty_stay_finite() -> None:
+    features = jnp.array([[1.0, 0.0], [1.0, 0.0], [1.0, 2.0], [1.0, 1.0]])
+    result = fit(features, jnp.array([1, 1, 0, 0]), num_classes=2, l2=0.0)
+    assert jnp.isfinite(result.params.weights).all()
+    assert result.objective < 1e-4
+
+
+def test_under_jit_a_bad_value_gives_nan() -> None:
+    features, labels = data()
+    jitted = jax.jit(small_fit)
+    rows = jax.nn.one_hot(labels, CLASSES, dtype=WIDE)
+    for result in (
+        jitted(features, labels.at[0].set(CLASSES)),
+        jitted(features, labels.at[0].set(-1)),
+        jitted(features, labels, l2=-1e-3),
+        jitted(features, labels, sample_weight=jnp.ones(EXAMPLES).at[2].set(-1.0)),
+        jitted(features, labels, sample_weight=jnp.zeros(EXAMPLES)),
+        jitted(features, rows.at[0, 0].add(0.5)),
+    ):
+        assert status(result) == Status.DIVERGED
+        assert jnp.isnan(result.params.weights).all()
+
+
+def test_low_precision_and_integer_features_are_computed_in_float32() -> None:
+    features, labels = data()
+    low = features.astype(jnp.bfloat16)
+    expected = small_fit(low.astype(jnp.float32), labels, tol=1e-5)
+    result = small_fit(low, labels, tol=1e-5)
+    assert result.params.weights.dtype == jnp.float32
+    close(result.params.weights, expected.params.weights)
+    whole = jnp.round(features).astype(jnp.int32)
+    assert small_fit(whole, labels).params.weights.dtype == WIDE
+
+
+# Transformations
+
+
+def test_jit_equals_eager() -> None:
+    features, labels = data()
+    eager = small_fit(features, labels)
+    jitted = jax.jit(small_fit)(features, labels)
+    close(jitted.params.weights, eager.params.weights)
+    assert jitted.status == eager.status
+
+
+def test_one_shape_is_compiled_once() -> None:
+    from jaxsoftmax.regression import _fit
+
+    features, labels = data()
+    small_fit(features, labels)
+    size = _fit._cache_size()  # type: ignore[attr-defined]
+    small_fit(2 * features, labels, l2=0.5, tol=1e-3, max_iter=7)
+    assert _fit._cache_size() == size  # type: ignore[attr-defined]
+
+
+def assert_equals_loop(batched: Fit, singles: list[Fit]) -> None:
+    for i, single in enumerate(singles):
+        assert batched.status[i] == single.status
+        close(batched.params.weights[i], single.params.weights)
+        close(batched.params.bias[i], single.params.bias)
+        close(batched.objective[i], single.objective, rtol=1e-5)
+
+
+def test_vmap_over_penalties_equals_a_loop() -> None:
+    features, labels = data()
+    l2s = jnp.array([0.0, 1e-2, 1.0], WIDE)
+    batched = jax.vmap(lambda l2: small_fit(features, labels, l2=l2))(l2s)
+    assert_equals_loop(batched, [small_fit(features, labels, l2=l2) for l2 in l2s])
+
+
+def test_vmap_over_labels_and_weights_equals_a_loop() -> None:
+    features, labels = data()
+    many = jnp.stack([labels, (labels + 1) % CLASSES, labels[::-1]])
+    weight = jnp.asarray(np.random.default_rng(2).integers(0, 2, (3, EXAMPLES)))
+    batched = jax.vmap(lambda y, w: small_fit(features, y, sample_weight=w))(many, weight)
+    singles = [small_fit(features, y, sample_weight=w) for y, w in zip(many, weight, strict=True)]
+    assert_equals_loop(batched, singles)
+
+
+def test_vmap_over_stacked_features_equals_a_loop() -> None:
+    pairs = [data(seed) for seed in range(3)]
+    features, labels = map(jnp.stack, zip(*pairs, strict=True))
+    batched = jax.vmap(small_fit)(features, labels)
+    assert_equals_loop(batched, [small_fit(*pair) for pair in pairs])
+
+
+def test_scan_over_penalties_with_warm_starts() -> None:
+    features, labels = data()
+
+    def body(params: Params, l2: jax.Array) -> tuple[Params, jax.Array]:
+        result = small_fit(features, labels, l2=l2, init=params)
+        return result.params, result.objective
+
+    l2s = jnp.array([1.0, 1e-1, 1e-2], WIDE)
+    start = Params(jnp.zeros((CLASSES, WIDTH), WIDE), jnp.zeros(CLASSES, WIDE))
+    _, objectives = jax.lax.scan(body, start, l2s)
+    singles = [small_fit(features, labels, l2=l2).objective for l2 in l2s]
+    np.testing.assert_allclose(objectives, singles, rtol=1e-5)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        (
+            {"features": np.zeros(6)},
+            ValueError,
+            r"features must have shape \(examples, features\), got",
+        ),
+        (
+            {"features": np.zeros((0, 2))},
+            ValueError,
+            r"features must have shape .* got shape \(0, 2\)",
+        ),
+        ({"features": np.array([["a"]])}, TypeError, "features must be an array of numbers"),
+        (
+            {"labels": np.zeros(5, int)},
+            ValueError,
+            r"labels must have shape \(examples,\) = \(6,\)",
+        ),
+        (
+            {"labels": np.zeros(6)},
+            TypeError,
+            r"labels of shape \(6,\), one per example, must have an",
+        ),
+        (
+            {"labels": np.ones((6, 2))},
+            ValueError,
+            r"labels must have shape \(examples, classes\) = \(6, 3\), got shape \(6, 2\)",
+        ),
+        ({"labels": np.ones((6, 3))}, ValueError, "labels must be probabilities, .* sum to 3"),
+        ({"labels": np.zeros(6, bool)}, TypeError, "labels must be integer classes or floating"),
+        (
+            {"labels": np.arange(6)},
+            ValueError,
+            r"labels must be in \[0, 3\) for num_classes=3, got values from 0 to 5",
+        ),
+        (
+            {"labels": -np.ones(6, int)},
+            ValueError,
+            r"labels must be in .* got values from -1 to -1",
+        ),
+        ({"num_classes": 1}, ValueError, "num_classes must be at least 2, got 1"),
+        ({"num_classes": 3.0}, TypeError, "num_classes must be an integer, got 3.0"),
+        ({"num_classes": True}, TypeError, "num_classes must be an integer, got the bool True"),
+        ({"l2": -1.0}, ValueError, "l2 must be at least 0, got -1.0"),
+        ({"l2": np.nan}, ValueError, "l2 must be at least 0, got nan"),
+        ({"l2": np.ones(2)}, ValueError, r"l2 must be a scalar, got shape \(2,\); use jax.vmap"),
+        ({"l2": "big"}, TypeError, "l2 must be an array of numbers, got 'big'"),
+        ({"sample_weight": np.ones(5)}, ValueError, r"sample_weight must have shape \(examples,\)"),
+        ({"sample_weight": -np.ones(6)}, ValueError, "sample_weight must not be negative"),
+        ({"sample_weight": np.zeros(6)}, ValueError, "sample_weight must have a positive entry"),
+        ({"offset": np.zeros((6, 2))}, ValueError, r"offset must have shape \(examples, classes\)"),
+        (
+            {"init": Params(jnp.zeros((2, 3)), jnp.zeros(3))},
+            ValueError,
+            r"init.weights must have shape \(classes, features\) = \(3, 2\), got shape \(2, 3\)",
+        ),
+        (
+            {"init": Params(jnp.zeros((3, 2)), jnp.zeros(2))},
+            ValueError,
+            r"init.bias must have shape \(classes,\) = \(3,\), got shape \(2,\)",
+        ),
+        ({"solver": "sgd"}, ValueError, "solver must be one of 'auto', 'lbfgs', got 'sgd'"),
+        ({"fit_bias": 1}, TypeError, "fit_bias must be True or False, got 1"),
+        ({"tol": 0.0}, ValueError, "tol must be above 0, got 0.0"),
+        ({"max_iter": -1}, ValueError, "max_iter must be at least 0, got -1"),
+        ({"max_iter": 1.5}, TypeError, "max_iter must be an integer, got 1.5"),
+    ],
+)
+@pytest.mark.usefixtures("no_jaxtyping")
+def test_bad_arguments_are_named(
+    kwargs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    good: dict[str, Any] = {
+        "features": np.zeros((6, 2), np.float32),
+        "labels": np.array([0, 1, 2, 0, 1, 2]),
+        "num_classes": 3,
+    }
+    with pytest.raises(error, match=message):
+        fit(**(good | kwargs))
