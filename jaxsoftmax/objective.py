@@ -158,12 +158,12 @@ def centred(params: Params, classes: Bool[Array, " classes"]) -> Params:
 
 
 class Certificate(NamedTuple):
-    """A point, its objective, a bound on objective - minimum, and the gradient's norm there."""
+    """A point, its objective and gradient, and a bound on objective - minimum there."""
 
     params: Params
     objective: Float[Array, ""]
+    gradient: Params
     gap: Float[Array, ""]
-    gradient_norm: Float[Array, ""]
 
 
 def certify(
@@ -202,7 +202,7 @@ def certify(
     bound = jnp.sum(unravel(gradient).weights ** 2) / (2 * l2) + bias_gap
     decrement = _half_squared_decrement(hvp, gradient, skip=penalised, enough=tol * value)
     gap = jnp.where(penalised, bound, decrement)
-    return Certificate(params, value, gap, jnp.linalg.norm(gradient))
+    return Certificate(params, value, unravel(gradient), gap)
 
 
 class _BiasStep(NamedTuple):
@@ -240,7 +240,9 @@ def _with_optimal_bias(params: Params, problem: Problem) -> tuple[Params, Array]
         return kept._replace(improved=improved)
 
     # The decrement falls quadratically until rounding ends it; so does, far away, a failed step.
-    last = lax.while_loop(lambda at: at.improved, advance, evaluate(jnp.zeros_like(params.bias)))
+    zero, infinite = jnp.zeros_like(params.bias), jnp.full_like(params.bias, jnp.inf, shape=())
+    start = _BiasStep(zero, infinite, zero, infinite, jnp.array(True))
+    last = lax.while_loop(lambda at: at.improved, advance, start)
     return params._replace(bias=params.bias + last.shift), last.decrement
 
 

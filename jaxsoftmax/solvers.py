@@ -50,11 +50,11 @@ _RUNNING = -1
 
 class _Progress(NamedTuple):
     params: Params
+    objective: Array
+    gradient: Params
     opt_state: Any
-    gradient_norm: Array
     least_objective: Array
     least_gradient_norm: Array
-    finite: Array
     idle: Array
     iterations: Array
 
@@ -67,80 +67,87 @@ def lbfgs(
     tol: Array,
     max_iter: Array,
 ) -> Fit:
-    """L-BFGS with a zoom line search (`optax.lbfgs`) until the certified relative gap is at most
-    `tol`.
+    """L-BFGS with a zoom line search (`optax.lbfgs`), until the relative gap is at most `tol`.
 
-    A certificate costs about two gradients, so one is asked for at `init` and then only when the
+    A certificate costs more than a gradient, so one is asked for at `init` and then only when the
     gradient norm has fallen to where the last certificate suggests that the gap is small enough.
+    The iteration goes on from the certified point, whose bias is better.
     """
     optimizer = optax.lbfgs()
-    value_and_grad = optax.value_and_grad_from_state(value_fn)
 
     def step(at: _Progress) -> _Progress:
-        value, grad = value_and_grad(at.params, state=at.opt_state)
         # optax mixes integer dtypes, which strict promotion, if a user has set it, refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(
-                grad, at.opt_state, at.params, value=value, grad=grad, value_fn=value_fn
+                at.gradient,
+                at.opt_state,
+                at.params,
+                value=at.objective,
+                grad=at.gradient,
+                value_fn=value_fn,
             )
-        objective = optax.tree.get(opt_state, "value")
-        gradient_norm = optax.tree.norm(optax.tree.get(opt_state, "grad"))
+        objective, gradient = (optax.tree.get(opt_state, name) for name in ("value", "grad"))
+        gradient_norm = optax.tree.norm(gradient)
         progress = (objective < at.least_objective) | (gradient_norm < at.least_gradient_norm)
         return _Progress(
             params=optax.apply_updates(at.params, updates),
+            objective=objective,
+            gradient=gradient,
             opt_state=opt_state,
-            gradient_norm=gradient_norm,
             least_objective=jnp.minimum(objective, at.least_objective),
             least_gradient_norm=jnp.minimum(gradient_norm, at.least_gradient_norm),
-            finite=jnp.isfinite(objective) & jnp.isfinite(gradient_norm),
             idle=jnp.where(progress, 0, at.idle + 1),
             iterations=at.iterations + 1,
         )
 
-    def may_step(at: _Progress) -> Array:
-        return (at.iterations < max_iter) & (at.idle < _PATIENCE) & at.finite
-
     def advance(carry: tuple[_Progress, Array, Fit]) -> tuple[_Progress, Array, Fit]:
         at, threshold, _ = carry
-        at = lax.while_loop(lambda at: (at.gradient_norm > threshold) & may_step(at), step, at)
+
+        def proceed(at: _Progress) -> Array:
+            gradient_norm = optax.tree.norm(at.gradient)
+            allowed = (at.iterations < max_iter) & (at.idle < _PATIENCE)
+            return allowed & (gradient_norm > threshold) & jnp.isfinite(at.objective)
+
+        at = lax.while_loop(proceed, step, at)
         found = certify(at.params)
-        allowed = tol * found.objective
+        gradient_norm = optax.tree.norm(found.gradient)
         status = jnp.select(
             [
-                ~(at.finite & jnp.isfinite(found.objective) & jnp.isfinite(found.gradient_norm)),
-                found.gap <= allowed,
+                ~(jnp.isfinite(found.objective) & jnp.isfinite(gradient_norm)),
+                found.gap <= tol * found.objective,
                 at.idle >= _PATIENCE,
                 at.iterations >= max_iter,
             ],
             [Status.DIVERGED, Status.CONVERGED, Status.STALLED, Status.MAX_ITER],
             _RUNNING,
-        ).astype(jnp.int32)
+        )
+        at = at._replace(params=found.params, objective=found.objective, gradient=found.gradient)
         # Near the optimum the gap falls with the square of the gradient norm.
-        factor = jnp.clip(jnp.sqrt(allowed / found.gap), 1e-3, 0.5)
-        threshold = factor * jnp.minimum(found.gradient_norm, threshold)
-        return at, threshold, _fit(found, at.iterations, status)
+        factor = jnp.clip(jnp.sqrt(tol * found.objective / found.gap), 1e-3, 0.5)
+        threshold = factor * jnp.minimum(gradient_norm, threshold)
+        result = Fit(
+            params=found.params,
+            objective=found.objective,
+            gap=found.gap / jnp.where(found.objective == 0, 1, found.objective),
+            gradient_norm=gradient_norm,
+            iterations=at.iterations,
+            status=status.astype(jnp.int32),
+        )
+        return at, threshold, result
 
+    # The first round takes no step, for its threshold is infinite, and certifies `init`.
     infinite = jnp.full_like(init.bias, jnp.inf, shape=())
+    zero = jnp.zeros((), jnp.int32)
     start = _Progress(
         params=init,
+        objective=infinite,
+        gradient=init,
         opt_state=optimizer.init(init),
-        gradient_norm=infinite,
         least_objective=infinite,
         least_gradient_norm=infinite,
-        finite=jnp.array(True),
-        idle=jnp.zeros((), jnp.int32),
-        iterations=jnp.zeros((), jnp.int32),
+        idle=zero,
+        iterations=zero,
     )
-    nothing = _fit(
-        Certificate(init, infinite, infinite, infinite),
-        start.iterations,
-        jnp.full((), _RUNNING, jnp.int32),
-    )
-    return lax.while_loop(
-        lambda carry: carry[2].status == _RUNNING, advance, (start, infinite, nothing)
-    )[2]
-
-
-def _fit(found: Certificate, iterations: Array, status: Array) -> Fit:
-    relative = found.gap / jnp.where(found.objective == 0, 1, found.objective)
-    return Fit(found.params, found.objective, relative, found.gradient_norm, iterations, status)
+    nothing = Fit(init, infinite, infinite, infinite, zero, zero + _RUNNING)
+    running = (start, infinite, nothing)
+    return lax.while_loop(lambda carry: carry[2].status == _RUNNING, advance, running)[2]

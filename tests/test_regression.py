@@ -15,7 +15,9 @@ from tests.helpers import WIDE, eps
 
 EXAMPLES, WIDTH, CLASSES = 60, 4, 3
 TOL = 1e-10 if jnp.float64 == WIDE else 1e-6
-close = partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-3)
+L2 = 1e-2
+# The objective is L2-strongly convex in the weights: a gap of TOL leaves them this far off.
+close = partial(np.testing.assert_allclose, rtol=1e-3, atol=(2 * TOL * np.log(CLASSES) / L2) ** 0.5)
 
 
 def data(seed: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -25,7 +27,18 @@ def data(seed: int = 0) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(features, WIDE), jnp.asarray(scores.argmax(-1))
 
 
-small_fit = partial(fit, num_classes=CLASSES, l2=1e-2, tol=TOL, max_iter=500)
+def small_fit(features: jax.Array, labels: jax.Array, **kwargs: Any) -> Fit:
+    """A fit that passes every array, so that most tests share one compilation."""
+    classes = kwargs.setdefault("num_classes", CLASSES)
+    defaults: dict[str, Any] = {
+        "l2": L2,
+        "tol": TOL,
+        "max_iter": 500,
+        "sample_weight": jnp.ones(len(features), WIDE),
+        "offset": jnp.zeros((len(features), classes), WIDE),
+        "init": Params(jnp.zeros((classes, WIDTH), WIDE), jnp.zeros(classes, WIDE)),
+    }
+    return fit(features, labels, **(defaults | kwargs))
 
 
 def status(result: Fit) -> Status:
@@ -34,15 +47,15 @@ def status(result: Fit) -> Status:
 
 def test_the_optimum_is_that_of_scikit_learn() -> None:
     features, labels = data()
-    result = small_fit(features, labels)
+    result = fit(features, labels, num_classes=CLASSES, l2=L2, tol=TOL, max_iter=500)
     assert status(result) == Status.CONVERGED
     assert result.gap <= TOL
-    peer = LogisticRegression(C=1 / (1e-2 * EXAMPLES), solver="newton-cg", tol=1e-10)
+    peer = LogisticRegression(C=1 / (L2 * EXAMPLES), solver="newton-cg", tol=1e-10)
     peer.fit(np.asarray(features, np.float64), np.asarray(labels))
     close(result.params.weights, peer.coef_)
     close(result.params.bias, peer.intercept_)
     close(softmax(linear_logits(result.params, features)), peer.predict_proba(features))
-    problem = make_problem(features, labels, l2=jnp.asarray(1e-2))
+    problem = make_problem(features, labels, l2=jnp.asarray(L2))
     best = objective(Params(*map(jnp.asarray, (peer.coef_, peer.intercept_))), problem)
     assert abs(result.objective - best) <= max(TOL, 4 * eps(WIDE)) * best
 
@@ -83,12 +96,12 @@ def test_features_near_zero_do_not_pass_for_an_optimum_without_penalty() -> None
     np.testing.assert_allclose(result.objective, best.objective, rtol=2e-4)
 
 
-@pytest.mark.parametrize("l2", [0.0, 1e-2])
+@pytest.mark.parametrize("l2", [0.0, L2])
 def test_parameters_sum_to_zero_over_the_classes(l2: float) -> None:
     features, labels = data()
-    start = Params(jnp.ones((CLASSES, WIDTH)), jnp.arange(CLASSES).astype(WIDE))
-    for init in (None, start):
-        result = small_fit(features, labels, l2=l2, init=init)
+    start = Params(jnp.ones((CLASSES, WIDTH), WIDE), jnp.arange(CLASSES).astype(WIDE))
+    for kwargs in ({}, {"init": start}):
+        result = small_fit(features, labels, l2=l2, **kwargs)
         assert jnp.abs(result.params.weights.sum(0)).max() < 10 * eps(WIDE)
         assert jnp.abs(result.params.bias.sum()) < 10 * eps(WIDE)
 
@@ -106,8 +119,8 @@ def test_probability_labels_are_taken_and_one_hot_rows_equal_integers() -> None:
 
 def test_weights_equal_repeated_and_dropped_rows() -> None:
     features, labels = data()
-    counts = np.random.default_rng(1).integers(0, 4, EXAMPLES)
-    weighted = small_fit(features, labels, sample_weight=jnp.asarray(counts))
+    counts = np.random.default_rng(1).multinomial(EXAMPLES, np.full(EXAMPLES, 1 / EXAMPLES))
+    weighted = small_fit(features, labels, sample_weight=jnp.asarray(counts, WIDE))
     repeated = small_fit(jnp.repeat(features, counts, 0), jnp.repeat(labels, counts))
     close(weighted.params.weights, repeated.params.weights)
     close(weighted.params.bias, repeated.params.bias)
@@ -116,12 +129,11 @@ def test_weights_equal_repeated_and_dropped_rows() -> None:
 
 def test_an_absent_class_has_probability_zero_and_changes_nothing() -> None:
     features, labels = data()
-    without = small_fit(features, labels)
-    weight = jnp.ones(EXAMPLES).at[0].set(0.0)
+    weight = jnp.ones(EXAMPLES, WIDE).at[0].set(0.0)
     extra = small_fit(
         features, labels.at[0].set(CLASSES), num_classes=CLASSES + 1, sample_weight=weight
     )
-    dropped = small_fit(features[1:], labels[1:])
+    dropped = small_fit(features, labels, sample_weight=weight)
     close(extra.params.weights[:CLASSES], dropped.params.weights)
     assert not extra.params.weights[CLASSES].any()
     probabilities = softmax(linear_logits(extra.params, features))
@@ -131,7 +143,6 @@ def test_an_absent_class_has_probability_zero_and_changes_nothing() -> None:
         features, labels.at[0].set(CLASSES), num_classes=CLASSES + 1, init=extra.params
     )
     assert status(again) == Status.CONVERGED
-    assert status(without) == Status.CONVERGED
 
 
 def test_an_offset_is_added_to_the_logits() -> None:
@@ -147,7 +158,7 @@ def test_without_a_bias_it_is_zero() -> None:
     features, labels = data()
     result = small_fit(features, labels, fit_bias=False)
     peer = LogisticRegression(
-        C=1 / (1e-2 * EXAMPLES), solver="newton-cg", tol=1e-10, fit_intercept=False
+        C=1 / (L2 * EXAMPLES), solver="newton-cg", tol=1e-10, fit_intercept=False
     )
     peer.fit(np.asarray(features, np.float64), np.asarray(labels))
     close(result.params.weights, peer.coef_)
@@ -159,7 +170,7 @@ def test_the_bias_is_not_penalised() -> None:
     result = small_fit(features, labels, l2=1e4)
     shares = jnp.bincount(labels, length=CLASSES) / EXAMPLES
     close(softmax(result.params.bias), shares, rtol=1e-4)
-    constant = small_fit(jnp.column_stack([features, jnp.full(EXAMPLES, 5.0, WIDE)]), labels)
+    constant = small_fit(features.at[:, -1].set(5.0), labels)
     close(constant.params.weights[:, -1], 0)
 
 
@@ -199,17 +210,25 @@ def test_separable_data_without_penalty_stay_finite() -> None:
     assert result.objective < 1e-4
 
 
-def test_under_jit_a_bad_value_gives_nan() -> None:
+def test_jit_equals_eager_and_a_bad_value_under_it_gives_nan() -> None:
     features, labels = data()
-    jitted = jax.jit(small_fit)
     rows = jax.nn.one_hot(labels, CLASSES, dtype=WIDE)
+    ones = jnp.ones(EXAMPLES, WIDE)
+
+    @jax.jit
+    def jitted(labels: jax.Array, l2: float = L2, weight: jax.Array = ones) -> Fit:
+        return small_fit(features, labels, l2=l2, sample_weight=weight)
+
+    good = jitted(labels, L2, ones)
+    assert status(good) == Status.CONVERGED
+    close(good.params.weights, small_fit(features, labels).params.weights)
     for result in (
-        jitted(features, labels.at[0].set(CLASSES)),
-        jitted(features, labels.at[0].set(-1)),
-        jitted(features, labels, l2=-1e-3),
-        jitted(features, labels, sample_weight=jnp.ones(EXAMPLES).at[2].set(-1.0)),
-        jitted(features, labels, sample_weight=jnp.zeros(EXAMPLES)),
-        jitted(features, rows.at[0, 0].add(0.5)),
+        jitted(labels.at[0].set(CLASSES), 1e-2, ones),
+        jitted(labels.at[0].set(-1), 1e-2, ones),
+        jitted(labels, -1e-3, ones),
+        jitted(labels, L2, ones.at[2].set(-1.0)),
+        jitted(labels, 1e-2, 0 * ones),
+        jitted(rows.at[0, 0].add(0.5), 1e-2, ones),
     ):
         assert status(result) == Status.DIVERGED
         assert jnp.isnan(result.params.weights).all()
@@ -227,14 +246,6 @@ def test_low_precision_and_integer_features_are_computed_in_float32() -> None:
 
 
 # Transformations
-
-
-def test_jit_equals_eager() -> None:
-    features, labels = data()
-    eager = small_fit(features, labels)
-    jitted = jax.jit(small_fit)(features, labels)
-    close(jitted.params.weights, eager.params.weights)
-    assert jitted.status == eager.status
 
 
 def test_one_shape_is_compiled_once() -> None:
@@ -265,7 +276,7 @@ def test_vmap_over_penalties_equals_a_loop() -> None:
 def test_vmap_over_labels_and_weights_equals_a_loop() -> None:
     features, labels = data()
     many = jnp.stack([labels, (labels + 1) % CLASSES, labels[::-1]])
-    weight = jnp.asarray(np.random.default_rng(2).integers(0, 2, (3, EXAMPLES)))
+    weight = jnp.asarray(np.random.default_rng(2).integers(0, 2, (3, EXAMPLES)), WIDE)
     batched = jax.vmap(lambda y, w: small_fit(features, y, sample_weight=w))(many, weight)
     singles = [small_fit(features, y, sample_weight=w) for y, w in zip(many, weight, strict=True)]
     assert_equals_loop(batched, singles)

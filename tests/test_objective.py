@@ -1,0 +1,146 @@
+"""The objective and its certificate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from sklearn._loss import HalfMultinomialLoss
+from sklearn.linear_model._linear_loss import LinearModelLoss
+
+from jaxsoftmax import Params, linear_logits
+from jaxsoftmax.objective import Problem, centred, certify, make_problem, objective, present_classes
+from tests.helpers import WIDE, eps
+
+EXAMPLES, WIDTH, CLASSES, L2 = 30, 4, 3, 0.05
+
+
+def problem(l2: float = L2) -> Problem:
+    rng = np.random.default_rng(0)
+    return make_problem(
+        jnp.asarray(rng.normal(size=(EXAMPLES, WIDTH)) + 0.5, WIDE),
+        jnp.asarray(rng.integers(0, CLASSES, EXAMPLES)),
+        l2=jnp.asarray(l2, WIDE),
+        sample_weight=jnp.asarray(rng.uniform(size=EXAMPLES), WIDE),
+    )
+
+
+def params() -> Params:
+    rng = np.random.default_rng(1)
+    return Params(
+        jnp.asarray(rng.normal(size=(CLASSES, WIDTH)), WIDE), jnp.asarray(rng.normal(size=3), WIDE)
+    )
+
+
+def test_value_and_gradient_equal_those_of_scikit_learn() -> None:
+    data, at = problem(), params()
+    loss = LinearModelLoss(HalfMultinomialLoss(n_classes=CLASSES), fit_intercept=True)
+    coef = np.column_stack([*map(np.asarray, at)]).astype(np.float64)
+    value, gradient = loss.loss_gradient(
+        np.asfortranarray(coef),
+        np.asarray(data.features, np.float64),
+        np.asarray(data.labels, np.float64),
+        sample_weight=np.asarray(data.share, np.float64),
+        l2_reg_strength=L2,
+    )
+    ours, (weights, bias) = jax.value_and_grad(objective)(at, data)
+    np.testing.assert_allclose(ours, value, 20 * eps(WIDE))
+    np.testing.assert_allclose(weights, gradient[:, :WIDTH], 1e-4, 20 * eps(WIDE))
+    np.testing.assert_allclose(bias, gradient[:, WIDTH], 1e-4, 20 * eps(WIDE))
+
+
+def test_derivatives_equal_finite_differences() -> None:
+    data = problem()
+    check_grads(lambda at: objective(at, data), (params(),), order=2)
+
+
+def test_a_fixed_bias_has_gradient_zero() -> None:
+    gradient = jax.grad(lambda at: objective(at, problem(), fit_bias=False))(params())
+    assert not gradient.bias.any()
+    assert gradient.weights.any()
+
+
+def test_examples_of_weight_zero_are_dropped_though_their_loss_is_infinite() -> None:
+    features, labels = jnp.ones((3, 2)), jnp.array([0, 1, 2])
+    weight = jnp.array([1.0, 1.0, 0.0])
+    classes = present_classes(labels, weight, 4)
+    np.testing.assert_array_equal(classes, [True, True, False, False])
+    data = make_problem(
+        features, labels, l2=jnp.asarray(0.0), sample_weight=weight, classes=classes
+    )
+    at = Params(jnp.ones((4, 2)), jnp.zeros(4))
+    value, gradient = jax.value_and_grad(objective)(at, data)
+    np.testing.assert_allclose(value, np.log(2), 4 * eps(WIDE))
+    assert jnp.isfinite(gradient.weights).all()
+    assert not gradient.weights[2:].any()
+
+
+def test_the_representative_has_sum_zero_and_the_same_probabilities() -> None:
+    classes = jnp.array([True, True, False])
+    at, moved = params(), centred(params(), classes)
+    np.testing.assert_allclose(moved.weights.sum(0), 0, atol=4 * eps(WIDE))
+    np.testing.assert_allclose(moved.bias.sum(), 0, atol=4 * eps(WIDE))
+    assert not moved.weights[2].any()
+    x = problem().features
+    before, after = (jax.nn.softmax(linear_logits(p, x)[:, :2]) for p in (at, moved))
+    np.testing.assert_allclose(after, before, 100 * eps(WIDE))
+
+
+def test_a_certificate_has_the_optimal_bias_and_the_duality_gap() -> None:
+    data, at = problem(), params()
+    found = certify(at, data, fit_bias=True, tol=jnp.asarray(1e-6, WIDE))
+    np.testing.assert_array_equal(found.params.weights, at.weights)
+    np.testing.assert_allclose(found.gradient.bias, 0, atol=20 * eps(WIDE))
+    assert found.objective < objective(at, data)
+    # The dual objective at r = p - y: mean entropy of p less |sum_i c_i r_i x_i^T|^2 / (2 l2).
+    logits = np.asarray(linear_logits(found.params, data.features), np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    share = np.asarray(data.share, np.float64)
+    product = (share[:, None] * (p - np.eye(CLASSES)[data.labels])).T @ np.asarray(data.features)
+    dual = -share @ (p * np.log(p)).sum(-1) - (product**2).sum() / (2 * L2)
+    np.testing.assert_allclose(found.gap, found.objective - dual, 1e-4)
+
+
+def test_without_penalty_the_gap_is_half_the_squared_newton_decrement() -> None:
+    data, at = problem(0.0), params()
+    enough = jnp.asarray(1e6, WIDE)
+    found = certify(at, data, fit_bias=True, tol=enough)
+
+    def flat_objective(flat: jax.Array) -> jax.Array:
+        weights, bias = flat[: CLASSES * WIDTH], flat[CLASSES * WIDTH :]
+        return objective(Params(weights.reshape(CLASSES, WIDTH), bias), data)
+
+    flat = jnp.concatenate([found.params.weights.ravel(), found.params.bias])
+    gradient, hessian = jax.grad(flat_objective)(flat), jax.hessian(flat_objective)(flat)
+    expected = gradient @ np.linalg.pinv(hessian, rcond=1e-5) @ gradient / 2
+    np.testing.assert_allclose(found.gap, expected, rtol=0.02)
+    # It stops early, with a lower bound, where that is already too large.
+    early = certify(at, data, fit_bias=True, tol=jnp.asarray(1e-9, WIDE))
+    assert 1e-9 * early.objective < early.gap < expected
+
+
+def test_a_saturated_model_keeps_a_finite_bias() -> None:
+    data = problem()
+    found = certify(
+        params()._replace(weights=1e6 * params().weights), data, fit_bias=True, tol=data.l2
+    )
+    assert jnp.isfinite(found.params.bias).all()
+
+
+def test_linear_logits_take_any_batch_and_cast_the_features() -> None:
+    at = params()
+    assert linear_logits(at, jnp.ones(WIDTH, jnp.bfloat16)).dtype == WIDE
+    stacked = jnp.asarray(np.random.default_rng(2).normal(size=(2, 5, WIDTH)), WIDE)
+    logits = linear_logits(at, stacked)
+    expected = np.asarray(stacked, np.float64) @ np.asarray(at.weights, np.float64).T
+    np.testing.assert_allclose(logits, expected + np.asarray(at.bias), 1e-5, 1e-6)
+
+
+@pytest.mark.usefixtures("no_jaxtyping")
+def test_linear_logits_name_a_bad_argument() -> None:
+    message = r"features must have shape \(..., 4\) to fit weights of shape \(3, 4\), got"
+    with pytest.raises(ValueError, match=message):
+        linear_logits(params(), jnp.zeros(2))
+    with pytest.raises(TypeError, match="features must hold real numbers, got dtype complex64"):
+        linear_logits(params(), jnp.zeros(4, jnp.complex64))
