@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PYTEST_FLAGS ?=
+BENCHMARKS := $(notdir $(basename $(wildcard tests/benchmarks/[a-z]*.py)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -24,7 +25,7 @@ test: $(VENV)/.installed-test
 	@echo '== single precision'
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
 	@echo '== double precision (JAX_ENABLE_X64=1)'
-	@JAX_ENABLE_X64=1 $(BIN)/python -m pytest --deselect tests/test_notebooks.py $(PYTEST_FLAGS)
+	@JAX_ENABLE_X64=1 $(BIN)/python -m pytest tests --ignore=tests/test_notebooks.py $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check .
@@ -32,7 +33,7 @@ lint: $(VENV)/.installed-test
 	@$(BIN)/mypy
 
 bench: $(VENV)/.installed-test
-	@for script in tests/benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2,18 +2,21 @@
 
     python notebooks/execute.py notebooks/softmax_regression.ipynb --page build/page.html
 
-An error in a cell ends it. `--page` also writes the result as a page with its pictures, and `--save`
-stores the outputs in the notebook itself.
+An error in a cell ends it. `--page` also writes the result as a page with its pictures, and
+`--save` stores the outputs in the notebook itself.
 """
 
 import argparse
+import copy
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel before the user's own
 
+import latex2mathml.converter
 import nbclient
 import nbconvert
 import nbformat
@@ -50,8 +53,22 @@ def summary(notebook: Any) -> str:
     )
 
 
+def page(notebook: Any) -> str:
+    """The notebook as one HTML page that needs no network: formulas become MathML."""
+
+    def mathml(match: re.Match[str]) -> str:
+        display = "block" if match[1] == "$$" else "inline"
+        return str(latex2mathml.converter.convert(match[2], display=display))
+
+    notebook = copy.deepcopy(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"(\$\$?)(.+?)\1", mathml, cell.source, flags=re.DOTALL)
+    return str(nbconvert.HTMLExporter().from_notebook_node(notebook)[0])
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("notebook", type=Path)
     parser.add_argument("--page", type=Path, help="write an HTML page to this path")
     parser.add_argument("--save", action="store_true", help="store the outputs in the notebook")
@@ -63,9 +80,8 @@ def main() -> None:
     print(summary(notebook), end="")
     print(f"The whole notebook took {seconds:.0f} s.")
     if arguments.page:
-        page, _ = nbconvert.HTMLExporter().from_notebook_node(notebook)
         arguments.page.parent.mkdir(parents=True, exist_ok=True)
-        arguments.page.write_text(page)
+        arguments.page.write_text(page(notebook))
         print(f"The page with the pictures: {arguments.page.resolve().as_uri()}")
     if arguments.save:
         nbformat.write(notebook, arguments.notebook)

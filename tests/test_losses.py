@@ -156,7 +156,28 @@ def test_jit_equals_eager_and_vmap_equals_a_loop() -> None:
 def test_an_integer_equals_its_one_hot_row(z: list[float], label: int) -> None:
     row = jnp.array(z, jnp.float32)
     one_hot = jax.nn.one_hot(label, 4, dtype=jnp.float32)
-    np.testing.assert_allclose(cross_entropy(row, label), cross_entropy(row, one_hot), 1e-6)
+    # The one-hot form rounds the logarithm of the whole sum, next to logits of up to 60.
+    expected = cross_entropy(row, one_hot)
+    np.testing.assert_allclose(cross_entropy(row, label), expected, 1e-6, eps(jnp.float32))
+
+
+def test_a_confident_label_keeps_the_digits_of_its_loss_and_gradient() -> None:
+    gap = 40.0 if jnp.float64 == WIDE else 20.0
+    tail = np.exp(-gap)
+    z = jnp.array([gap, 0.0, -inf], WIDE)
+    value, gradient = jax.value_and_grad(cross_entropy)(z, 0)
+    np.testing.assert_allclose(value, tail, 4 * eps(WIDE))
+    np.testing.assert_allclose(gradient, [-tail, tail, 0], 4 * eps(WIDE))
+    hessian = jax.hessian(cross_entropy)(z, 0)[:2, :2]
+    np.testing.assert_allclose(hessian, [[tail, -tail], [-tail, tail]], 32 * eps(WIDE))
+
+
+def test_one_residual_in_the_dtype_of_the_logits() -> None:
+    for dtype in DTYPES:
+        z = logits(3, 5).astype(dtype)
+        (residual,) = jax.tree.leaves(jax.vjp(lambda z: cross_entropy(z, jnp.arange(3)), z)[1])
+        assert residual.shape == z.shape
+        assert residual.dtype == dtype
 
 
 @pytest.mark.parametrize(
