@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
-PYTEST_FLAGS ?=
+MARKED ?=
 BENCHMARKS := $(notdir $(basename $(wildcard tests/benchmarks/[a-z]*.py)))
 
 .DEFAULT_GOAL := help
@@ -23,9 +23,9 @@ demo: $(VENV)/.installed-notebooks
 
 test: $(VENV)/.installed-test
 	@echo '== single precision'
-	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -m '$(MARKED)'
 	@echo '== double precision (JAX_ENABLE_X64=1)'
-	@JAX_ENABLE_X64=1 $(BIN)/python -m pytest tests --ignore=tests/test_notebooks.py $(PYTEST_FLAGS)
+	@JAX_ENABLE_X64=1 $(BIN)/python -m pytest tests -m 'not single and not notebook'
 
 lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check .

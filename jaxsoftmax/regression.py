@@ -78,10 +78,10 @@ def fit(
       >>> Status(int(result.status)).name
       'CONVERGED'
       >>> softmax(linear_logits(result.params, features)).round(2)
-      Array([[0.66, 0.34],
-             [0.56, 0.44],
-             [0.44, 0.56],
-             [0.34, 0.66]], dtype=float32)
+      Array([[0.75, 0.25],
+             [0.59, 0.41],
+             [0.41, 0.59],
+             [0.25, 0.75]], dtype=float32)
 
     Reference:
       Hastie, Tibshirani, Friedman (2009), The Elements of Statistical Learning, section 4.4.
@@ -95,12 +95,13 @@ def fit(
     features, labels = _checks.examples(features, labels, num_classes)
     examples, width = features.shape
     dtype = compute_dtype(features.dtype)
+    features = features.astype(dtype)
     l2 = _checks.scalar("l2", l2).astype(dtype)
     tol = _checks.scalar("tol", tol, positive=True).astype(dtype)
     if sample_weight is not None:
-        sample_weight = _checks.weights("sample_weight", sample_weight, examples)
+        sample_weight = _checks.weights("sample_weight", sample_weight, examples).astype(dtype)
     if offset is not None:
-        offset = _checks.real_array("offset", offset)
+        offset = _checks.real_array("offset", offset).astype(dtype)
         _checks.has_shape("offset", offset, (examples, num_classes), "(examples, classes)")
     if init is not None:
         init = Params(

@@ -1,6 +1,7 @@
 """Strict dtype promotion for the whole suite; warnings are errors (pyproject.toml)."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -8,6 +9,11 @@ import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Most of the suite's time is compilation: what one worker or run has compiled serves the others.
+jax.config.update(
+    "jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache/jax")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile("suite")
 

@@ -9,8 +9,9 @@ import scipy.special
 from numpy.typing import NDArray
 
 # float64 has its own run, with JAX_ENABLE_X64=1.
-WIDE = jnp.float64 if jax.config.read("jax_enable_x64") else jnp.float32
-DTYPES = [WIDE, jnp.bfloat16, jnp.float16]
+X64 = bool(jax.config.read("jax_enable_x64"))
+WIDE = jnp.float64 if X64 else jnp.float32
+DTYPES = [jnp.float64] if X64 else [jnp.float32, jnp.bfloat16, jnp.float16]
 
 
 def eps(dtype: Any) -> float:

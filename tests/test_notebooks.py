@@ -8,6 +8,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.single
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 

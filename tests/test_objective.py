@@ -51,7 +51,14 @@ def test_value_and_gradient_equal_those_of_scikit_learn() -> None:
 
 def test_derivatives_equal_finite_differences() -> None:
     data = problem()
-    check_grads(lambda at: objective(at, data), (params(),), order=2)
+    check_grads(jax.jit(lambda at: objective(at, data)), (params(),), order=2)
+
+
+def test_probability_labels_that_are_none_make_the_objective_nan() -> None:
+    features, l2 = jnp.ones((2, WIDTH), WIDE), jnp.asarray(L2, WIDE)
+    for row in ([0.5, 0.5, 0.5], [1.5, -0.5, 0.0]):
+        labels = jnp.array([[1.0, 0.0, 0.0], row], WIDE)
+        assert jnp.isnan(objective(params(), make_problem(features, labels, l2=l2)))
 
 
 def test_a_fixed_bias_has_gradient_zero() -> None:

@@ -6,7 +6,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import jaxsoftmax
+
+pytestmark = pytest.mark.single
 
 ROOT = Path(__file__).parent.parent
 OPTIONAL = ["sklearn", "matplotlib", "tqdm", "scipy.optimize", "pandas"]

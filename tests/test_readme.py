@@ -10,7 +10,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```\n+(?:```text\n(.*?)```)?", README, re.DOTALL)
 
 
-@pytest.mark.skipif(jax.config.read("jax_enable_x64"), reason="its output is that of float32")
+@pytest.mark.single
 def test_the_snippets_print_what_stands_below_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert SNIPPETS
     with jax.numpy_dtype_promotion("standard"):

@@ -106,6 +106,7 @@ def test_parameters_sum_to_zero_over_the_classes(l2: float) -> None:
         assert jnp.abs(result.params.bias.sum()) < 10 * eps(WIDE)
 
 
+@pytest.mark.single
 def test_probability_labels_are_taken_and_one_hot_rows_equal_integers() -> None:
     features, labels = data()
     by_integers = small_fit(features, labels)
@@ -145,6 +146,7 @@ def test_an_absent_class_has_probability_zero_and_changes_nothing() -> None:
     assert status(again) == Status.CONVERGED
 
 
+@pytest.mark.single
 def test_an_offset_is_added_to_the_logits() -> None:
     features, labels = data()
     shift = jnp.array([0.5, -1.0, 0.5], WIDE)
@@ -194,6 +196,7 @@ def test_how_a_fit_ends() -> None:
     assert 0 < impossible.gap < 1e-6
 
 
+@pytest.mark.single
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_feature_that_is_not_finite_diverges_to_nan(bad: float) -> None:
     features, labels = data()
@@ -204,15 +207,17 @@ def test_a_feature_that_is_not_finite_diverges_to_nan(bad: float) -> None:
 
 
 def test_separable_data_without_penalty_stay_finite() -> None:
-    features = jnp.array([[1.0, 0.0], [1.0, 0.0], [1.0, 2.0], [1.0, 1.0]])
-    result = fit(features, jnp.array([1, 1, 0, 0]), num_classes=2, l2=0.0)
+    features, _ = data()
+    labels = (features @ jnp.arange(WIDTH * CLASSES).reshape(WIDTH, CLASSES).astype(WIDE)).argmax(
+        -1
+    )
+    result = small_fit(features, labels, l2=0.0, max_iter=100)
     assert jnp.isfinite(result.params.weights).all()
-    assert result.objective < 1e-4
+    assert result.objective < 1e-3
 
 
 def test_jit_equals_eager_and_a_bad_value_under_it_gives_nan() -> None:
     features, labels = data()
-    rows = jax.nn.one_hot(labels, CLASSES, dtype=WIDE)
     ones = jnp.ones(EXAMPLES, WIDE)
 
     @jax.jit
@@ -228,12 +233,12 @@ def test_jit_equals_eager_and_a_bad_value_under_it_gives_nan() -> None:
         jitted(labels, -1e-3, ones),
         jitted(labels, L2, ones.at[2].set(-1.0)),
         jitted(labels, 1e-2, 0 * ones),
-        jitted(rows.at[0, 0].add(0.5), 1e-2, ones),
     ):
         assert status(result) == Status.DIVERGED
         assert jnp.isnan(result.params.weights).all()
 
 
+@pytest.mark.single
 def test_low_precision_and_integer_features_are_computed_in_float32() -> None:
     features, labels = data()
     low = features.astype(jnp.bfloat16)
@@ -248,6 +253,7 @@ def test_low_precision_and_integer_features_are_computed_in_float32() -> None:
 # Transformations
 
 
+@pytest.mark.single
 def test_one_shape_is_compiled_once() -> None:
     from jaxsoftmax.regression import _fit
 
@@ -273,6 +279,7 @@ def test_vmap_over_penalties_equals_a_loop() -> None:
     assert_equals_loop(batched, [small_fit(features, labels, l2=l2) for l2 in l2s])
 
 
+@pytest.mark.single
 def test_vmap_over_labels_and_weights_equals_a_loop() -> None:
     features, labels = data()
     many = jnp.stack([labels, (labels + 1) % CLASSES, labels[::-1]])
@@ -282,6 +289,7 @@ def test_vmap_over_labels_and_weights_equals_a_loop() -> None:
     assert_equals_loop(batched, singles)
 
 
+@pytest.mark.single
 def test_vmap_over_stacked_features_equals_a_loop() -> None:
     pairs = [data(seed) for seed in range(3)]
     features, labels = map(jnp.stack, zip(*pairs, strict=True))
@@ -289,6 +297,7 @@ def test_vmap_over_stacked_features_equals_a_loop() -> None:
     assert_equals_loop(batched, [small_fit(*pair) for pair in pairs])
 
 
+@pytest.mark.single
 def test_scan_over_penalties_with_warm_starts() -> None:
     features, labels = data()
 
@@ -306,6 +315,7 @@ def test_scan_over_penalties_with_warm_starts() -> None:
 # Bad input
 
 
+@pytest.mark.single
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
