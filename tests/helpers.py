@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
-import scipy.special
 from numpy.typing import NDArray
 
 # float64 has its own run, with JAX_ENABLE_X64=1.
@@ -68,15 +68,16 @@ def logits_of(case: Case, dtype: Any) -> tuple[jax.Array, NDArray[Any]]:
     return x, exact if case.where is None else np.where(case.where, exact, -np.inf)
 
 
-def softmax(x: NDArray[Any], axis: Any = -1) -> NDArray[Any]:
-    return np.exp(log_softmax(x, axis))
+_mpf = np.vectorize(mpmath.mpf, otypes=[object])
+_log = np.vectorize(mpmath.log, otypes=[object])
+_exp = np.vectorize(mpmath.exp, otypes=[object])
 
 
-def log_softmax(x: NDArray[Any], axis: Any = -1) -> NDArray[Any]:
-    return x - logsumexp(x, axis, keepdims=True)
-
-
-def logsumexp(x: NDArray[Any], axis: Any = -1, *, keepdims: bool = False) -> NDArray[Any]:
-    if axis == ():
-        return x
-    return np.asarray(scipy.special.logsumexp(x, axis=axis, keepdims=keepdims))
+def reference(x: NDArray[Any], axis: Any) -> tuple[NDArray[Any], ...]:
+    """Softmax, log-softmax and log-sum-exp at 80 digits, rounded to float64 at the end."""
+    with mpmath.workdps(80):
+        exact = _mpf(x)
+        e = _exp(exact)
+        total = np.sum(e, axis=axis, keepdims=True)
+        results = e / total, exact - _log(total), _log(np.sum(e, axis=axis))
+        return tuple(np.asarray(result).astype(np.float64) for result in results)

@@ -54,6 +54,7 @@ def test_derivatives_equal_finite_differences() -> None:
     check_grads(jax.jit(lambda at: objective(at, data)), (params(),), order=2)
 
 
+@pytest.mark.single
 def test_probability_labels_that_are_none_make_the_objective_nan() -> None:
     features, l2 = jnp.ones((2, WIDTH), WIDE), jnp.asarray(L2, WIDE)
     for row in ([0.5, 0.5, 0.5], [1.5, -0.5, 0.0]):
@@ -67,6 +68,7 @@ def test_a_fixed_bias_has_gradient_zero() -> None:
     assert gradient.weights.any()
 
 
+@pytest.mark.single
 def test_examples_of_weight_zero_are_dropped_though_their_loss_is_infinite() -> None:
     features, labels = jnp.ones((3, 2)), jnp.array([0, 1, 2])
     weight = jnp.array([1.0, 1.0, 0.0])
@@ -82,6 +84,7 @@ def test_examples_of_weight_zero_are_dropped_though_their_loss_is_infinite() -> 
     assert not gradient.weights[2:].any()
 
 
+@pytest.mark.single
 def test_the_representative_has_sum_zero_and_the_same_probabilities() -> None:
     classes = jnp.array([True, True, False])
     at, moved = params(), centred(params(), classes)
@@ -135,6 +138,7 @@ def test_a_saturated_model_keeps_a_finite_bias() -> None:
     assert jnp.isfinite(found.params.bias).all()
 
 
+@pytest.mark.single
 def test_linear_logits_take_any_batch_and_cast_the_features() -> None:
     at = params()
     assert linear_logits(at, jnp.ones(WIDTH, jnp.bfloat16)).dtype == WIDE
@@ -144,6 +148,7 @@ def test_linear_logits_take_any_batch_and_cast_the_features() -> None:
     np.testing.assert_allclose(logits, expected + np.asarray(at.bias), 1e-5, 1e-6)
 
 
+@pytest.mark.single
 @pytest.mark.usefixtures("no_jaxtyping")
 def test_linear_logits_name_a_bad_argument() -> None:
     message = r"features must have shape \(..., 4\) to fit weights of shape \(3, 4\), got"
