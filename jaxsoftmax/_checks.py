@@ -19,11 +19,15 @@ Axis = int | Sequence[int] | None
 
 
 def known(value: ArrayLike) -> NDArray[Any] | None:
-    """The numbers of an array, or None if it is being traced.
+    """The numbers of an array, or None if it is being traced or spread over several hosts.
 
     Checks of values work on these: inside a trace jax.numpy makes tracers even of known numbers.
     """
-    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+    if isinstance(value, jax.core.Tracer):
+        return None
+    if isinstance(value, Array) and not value.is_fully_addressable:
+        return None
+    return np.asarray(value)
 
 
 def array(name: str, value: ArrayLike) -> Array:

@@ -1,8 +1,7 @@
 """Classification losses on logits, one value per example.
 
 Shapes: `logits` is (..., classes) with the classes on `axis`; `labels` is (...) for integer
-  classes, or has the
-shape of `logits` for probabilities. Losses are in nats and never below float32.
+classes, or has the shape of `logits` for probabilities. Losses are in nats, never below float32.
 """
 
 from functools import partial
@@ -84,14 +83,16 @@ def _terms(
     """
     index, valid = _index(labels, logits.shape, axis)
     shifted, m = functional._shifted(logits, None, where, (axis,))
-    own = jnp.take_along_axis(logits, index, axis).astype(m.dtype) - m
+    own = jnp.take_along_axis(logits, index, axis).astype(m.dtype)
+    finite = own != jnp.inf
+    own = jnp.minimum(own, m) - m  # as in _shifted
     if where is not None:
         allowed = jnp.take_along_axis(jnp.broadcast_to(where, logits.shape), index, axis)
-        own = jnp.where(allowed, own, -jnp.inf)
+        own, finite = jnp.where(allowed, own, -jnp.inf), finite | ~allowed
     e = _put(jnp.exp(shifted), index, 0, axis)
     others = jnp.sum(e, axis, keepdims=True)
     # NaN for a label out of range, and for a row with +inf as in softmax.
-    return e, jnp.where(valid & ~jnp.isinf(others), others, jnp.nan), own, index
+    return e, jnp.where(valid & finite & ~jnp.isinf(others), others, jnp.nan), own, index
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))

@@ -118,7 +118,7 @@ def present_classes(
     if labels.ndim == 2:
         members = labels > 0
     else:
-        members = labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)
+        members = labels.astype(jnp.int32)[:, None] == jnp.arange(num_classes, dtype=jnp.int32)
     if sample_weight is not None:
         members &= (sample_weight > 0)[:, None]
     return jnp.any(members, 0)

@@ -171,7 +171,7 @@ def evaluate(
 def _evaluate(params: Params, features: Array, labels: Array) -> Metrics:
     logits = linear_logits(params, features)
     right = labels if labels.ndim == 1 else labels.argmax(-1)
-    hits = logits.argmax(-1).astype(right.dtype) == right
+    hits = logits.argmax(-1).astype(jnp.int32) == right.astype(jnp.int32)
     return Metrics(cross_entropy(logits, labels).mean(), hits.mean(dtype=logits.dtype))
 
 
@@ -193,8 +193,15 @@ def shuffled_batches(
 
     Yields:
       `Batch`es of `batch_size` rows.
+
+    Raises:
+      TypeError: `batch_size` is not an integer.
+      ValueError: `batch_size` is below 1, or features and labels differ in number.
     """
+    batch_size = _checks.integer("batch_size", batch_size, least=1)
     features, labels = np.asarray(features), np.asarray(labels)
+    if len(features) != len(labels):
+        raise ValueError(f"labels must be as many as features, {len(features)}, got {len(labels)}")
     order = np.asarray(jax.random.permutation(key, len(features)))
     filled = np.resize(order, -(-len(order) // batch_size) * batch_size)
     weight = (np.arange(len(filled)) < len(order)).astype(np.float32)

@@ -98,6 +98,26 @@ def test_impossible_and_masked_classes() -> None:
             assert gradient[2] == 0
 
 
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_row_with_plus_infinity_is_nan(label: int) -> None:
+    z = jnp.array([inf, 0.0])
+    assert jnp.isnan(cross_entropy(z, label))
+    assert jnp.isnan(jax.grad(cross_entropy)(z, label)).all()
+    assert jnp.isnan(cross_entropy(z, jnp.array([0.5, 0.5])))
+
+
+@pytest.mark.single
+def test_scaled_logits_inside_jit_equal_eager_ones() -> None:
+    def scaled(x: jax.Array) -> jax.Array:
+        return cross_entropy(x * c, x.argmax(-1))
+
+    c = np.float32(1 / 3)
+    rows = np.random.default_rng(0).normal(size=(1000, 4)).astype(np.float32) * 1e11
+    jitted = jax.jit(jax.value_and_grad(lambda x: scaled(x).sum()))(rows)
+    assert jnp.isfinite(jitted[1]).all()
+    np.testing.assert_allclose(jax.jit(scaled)(rows), scaled(jnp.asarray(rows)), atol=1e-6)
+
+
 @pytest.mark.single
 def test_an_ignored_row_that_is_masked_throughout_leaves_the_others_alone() -> None:
     z, labels = logits(2, 3), jnp.array([1, 2])

@@ -68,6 +68,11 @@ def test_a_fixed_bias_has_gradient_zero() -> None:
     assert gradient.weights.any()
 
 
+def test_labels_of_a_narrow_dtype_name_any_class() -> None:
+    present = present_classes(jnp.array([3, 200], jnp.uint8), None, 300)
+    np.testing.assert_array_equal(np.flatnonzero(present), [3, 200])
+
+
 @pytest.mark.single
 def test_examples_of_weight_zero_are_dropped_though_their_loss_is_infinite() -> None:
     features, labels = jnp.ones((3, 2)), jnp.array([0, 1, 2])

@@ -176,6 +176,9 @@ def test_evaluation_counts_loss_and_hits() -> None:
     metrics = training.evaluate(params, features, np.array([0, 1, 1]))
     np.testing.assert_allclose(metrics.accuracy, 2 / 3, rtol=1e-6)
     np.testing.assert_allclose(metrics.loss, np.log1p(np.exp(-2)) + 2 / 3, rtol=1e-6)
+    wide = Params(jnp.zeros((300, 2), WIDE), jnp.arange(300).astype(WIDE))
+    narrow = training.evaluate(wide, features[:1], np.array([43], np.uint8))
+    assert narrow.accuracy == 0  # the likeliest class is 299, which is 43 modulo 256
     rows = np.array([[1.0, 0.0], [0.2, 0.8], [0.4, 0.6]])
     metrics = training.evaluate(params, features, rows)
     np.testing.assert_allclose(metrics.accuracy, 2 / 3, rtol=1e-6)
@@ -222,6 +225,10 @@ def test_bad_arguments_are_named() -> None:
         training.train_step(state, features, labels, np.ones(3), optimizer=optimizer)
     with pytest.raises(ValueError, match=r"features must have shape \(examples, 3\)"):
         training.evaluate(state.params, features[0], labels)
+    with pytest.raises(ValueError, match="labels must be as many as features, 50, got 49"):
+        next(training.shuffled_batches(features, labels[1:], batch_size=5, key=good["key"]))
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        next(training.shuffled_batches(features, labels, batch_size=0, key=good["key"]))
     with pytest.raises(ValueError, match="num_features must be at least 1, got 0"):
         training.init(0, 2, optimizer=optimizer)
     with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
