@@ -40,6 +40,16 @@ def array(name: str, value: ArrayLike) -> Array:
         raise TypeError(f"{name} must be an array of numbers, got {value!r}") from error
 
 
+def label_array(value: ArrayLike) -> Array:
+    """Labels as a JAX array; integers too large for its dtype stay out of range, unwrapped."""
+    if not isinstance(value, Array):
+        labels = np.asarray(value)
+        if np.issubdtype(labels.dtype, np.integer):
+            limits = np.iinfo(jax.dtypes.canonicalize_dtype(labels.dtype))
+            value = labels.clip(limits.min, limits.max)
+    return array("labels", value)
+
+
 def real_array(name: str, value: ArrayLike) -> Array:
     """`value` as a floating-point array; integers and booleans become the default float."""
     x = array(name, value)
@@ -143,7 +153,7 @@ def examples(
 
     Values of the labels are checked where they are known: classes in range, rows that sum to 1.
     """
-    x, y = real_array("features", features), array("labels", labels)
+    x, y = real_array("features", features), label_array(labels)
     if x.ndim != 2 or x.shape[0] == 0 or width not in (None, x.shape[1]):
         expected = "(examples, features)" if width is None else f"(examples, {width})"
         raise ValueError(f"features must have shape {expected}, got shape {x.shape}")

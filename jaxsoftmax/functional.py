@@ -181,6 +181,7 @@ def logsumexp(
     a = _checks.real_array("a", a)
     axes = _checks.axis_indices(axis, a.ndim)
     if b is not None:
+        b = jnp.asarray(b, a.dtype) if isinstance(b, (int, float)) else b
         b = _checks.broadcastable("b", _checks.real_array("b", b), a.shape)
         dtype = a.dtype if a.dtype == b.dtype else compute_dtype(a.dtype, b.dtype)
         a, b = a.astype(dtype), b.astype(dtype)

@@ -61,7 +61,7 @@ def cross_entropy(
     Reference:
       Bishop (2006), Pattern Recognition and Machine Learning, eq. 4.108.
     """
-    logits, labels = _checks.real_array("logits", logits), _checks.array("labels", labels)
+    logits, labels = _checks.real_array("logits", logits), _checks.label_array(labels)
     axis = _checks.axis_index(axis, logits.ndim)
     batch = logits.shape[:axis] + logits.shape[axis + 1 :]
     if _checks.class_labels(labels, batch, "(batch axes of logits)"):

@@ -98,6 +98,7 @@ def make_problem(
     if sample_weight is None:
         sample_weight = jnp.ones(features.shape[0])
     share = jnp.where(sample_weight < 0, jnp.nan, sample_weight).astype(dtype)
+    share = share / share.max()  # so that the sum neither overflows nor underflows
     if labels.ndim == 2:
         share = jnp.where(_checks.are_probabilities(labels), share, jnp.nan)
         labels = labels.astype(dtype)
@@ -180,7 +181,7 @@ def certify(
 
     Where :math:`\lambda = 0` there is no such bound. Half the squared Newton decrement,
     :math:`\tfrac12 \nabla f^T H^+ \nabla f`, takes its place, which is f - min f of the quadratic
-    model. It is computed by conjugate gradients that stop once it exceeds `tol` times f.
+    model. It is estimated by conjugate gradients that stop once it exceeds `tol` times f.
 
     Reference:
       Boyd, Vandenberghe (2004), Convex Optimization, sections 5.1.6 and 9.5.1, eq. 9.9.
@@ -199,8 +200,16 @@ def certify(
     value, gradient = jax.value_and_grad(value_fn)(flat)
     penalised = problem.l2 != 0
     l2 = jnp.where(penalised, problem.l2, 1)
-    bound = jnp.sum(unravel(gradient).weights ** 2) / (2 * l2) + bias_gap
-    decrement = _half_squared_decrement(hvp, gradient, skip=penalised, enough=tol * value)
+    bound = jnp.sum((unravel(gradient).weights / jnp.sqrt(2 * l2)) ** 2) + bias_gap
+    # Without a penalty a column may have any scale: in these coordinates each has size 1.
+    size = jnp.max(jnp.abs(problem.features), 0)
+    size = jnp.broadcast_to(jnp.where(size > 0, size, 1), params.weights.shape)
+    scale, _ = ravel_pytree(Params(size, jnp.ones_like(params.bias)))
+    decrement = _half_squared_decrement(
+        lambda v: hvp(v / scale) / scale, gradient / scale, skip=penalised, enough=tol * value
+    )
+    # A loss of 0 is not attained by finite parameters: there is no optimum to be near to.
+    decrement = jnp.where(value == 0, jnp.inf, decrement)
     gap = jnp.where(penalised, bound, decrement)
     return Certificate(params, value, unravel(gradient), gap)
 
@@ -257,20 +266,28 @@ class _ConjugateGradient(NamedTuple):
 def _half_squared_decrement(
     hvp: Callable[[Array], Array], gradient: Array, *, skip: Array, enough: Array
 ) -> Array:
-    """g^T H^+ g / 2 to about 1%, or a lower bound of it that exceeds `enough`; 0 if `skip`."""
+    """An estimate of g^T H^+ g / 2, which stops early once it exceeds `enough`; 0 if `skip`.
+
+    It is inf, that is unknown, where rounding leaves no positive curvature along a direction.
+    """
+    largest = jnp.max(jnp.abs(gradient))
+    largest = jnp.where(largest > 0, largest, 1)
+    gradient = gradient / largest  # its square must not underflow
+    enough = enough / largest / largest
     start = jnp.sum(gradient**2)
 
     def proceed(at: _ConjugateGradient) -> Array:
         return (
             ~skip
-            & (at.squared > 1e-4 * start)
+            & (at.squared > 1e-6 * start)
             & (at.decrement <= enough)
             & (at.steps < gradient.size)
         )
 
     def advance(at: _ConjugateGradient) -> _ConjugateGradient:
         product = hvp(at.direction)
-        alpha = at.squared / jnp.sum(at.direction * product)
+        curvature = jnp.sum(at.direction * product)
+        alpha = jnp.where(curvature > 0, at.squared / curvature, jnp.inf)
         residual = at.residual - alpha * product
         squared = jnp.sum(residual**2)
         return _ConjugateGradient(
@@ -284,4 +301,4 @@ def _half_squared_decrement(
     init = _ConjugateGradient(
         gradient, gradient, start, jnp.zeros_like(start), jnp.zeros((), jnp.int32)
     )
-    return lax.while_loop(proceed, advance, init).decrement
+    return lax.while_loop(proceed, advance, init).decrement * largest * largest

@@ -58,13 +58,14 @@ def fit(
 
     Returns:
       A `Fit`. Its parameters sum to 0 over the classes. A class that no example of positive weight
-      has gets bias -inf, which is probability 0, and weights 0. If the objective is not finite the
-      status is DIVERGED and the parameters are NaN; so it is, under jit, where a value is invalid
-      (the list under Raises).
+      has gets bias -inf, which is probability 0, and weights 0. Where the objective is not finite,
+      as with NaN or inf in an array, the status is DIVERGED and the parameters are NaN; so it is,
+      under jit, where a value is invalid (the list under Raises). Separable data without a penalty
+      have no optimum: the status is then MAX_ITER or STALLED.
 
     Raises:
       TypeError: an array is not real, `labels` is boolean or floating without a class axis, or
-        `num_classes`, `max_iter`, `fit_bias` or `solver` has another type.
+        `num_classes`, `max_iter`, `fit_bias`, `init` or `solver` has another type.
       ValueError: a shape does not fit; `num_classes` is below 2; `max_iter` is negative; `solver`
         is unknown; or, outside jit, a label is out of range, a row of probability labels is
         negative or does not sum to 1, `l2` is negative, `tol` is not positive, or `sample_weight`
@@ -104,13 +105,15 @@ def fit(
         offset = _checks.real_array("offset", offset).astype(dtype)
         _checks.has_shape("offset", offset, (examples, num_classes), "(examples, classes)")
     if init is not None:
+        if not isinstance(init, Params):
+            raise TypeError(f"init must be a Params, got a {type(init).__name__}")
         init = Params(
             weights=_checks.real_array("init.weights", init.weights).astype(dtype),
             bias=_checks.real_array("init.bias", init.bias).astype(dtype),
         )
         _checks.has_shape("init.weights", init.weights, (num_classes, width), "(classes, features)")
         _checks.has_shape("init.bias", init.bias, (num_classes,), "(classes,)")
-    limit = jnp.asarray(max_iter, jnp.int32)
+    limit = jnp.asarray(min(max_iter, jnp.iinfo(jnp.int32).max), jnp.int32)
     return _fit(
         features, labels, l2, sample_weight, offset, init, tol, limit, num_classes, fit_bias
     )

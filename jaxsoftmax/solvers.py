@@ -101,24 +101,26 @@ def lbfgs(
         )
 
     def advance(carry: tuple[_Progress, Array, Fit]) -> tuple[_Progress, Array, Fit]:
-        at, threshold, _ = carry
+        before, threshold, _ = carry
 
         def proceed(at: _Progress) -> Array:
             gradient_norm = optax.tree.norm(at.gradient)
             allowed = (at.iterations < max_iter) & (at.idle < _PATIENCE)
             return allowed & (gradient_norm > threshold) & jnp.isfinite(at.objective)
 
-        at = lax.while_loop(proceed, step, at)
+        at = lax.while_loop(proceed, step, before)
+        # After the first round, one without a step can never be followed by one with a step.
+        stuck = (at.iterations == before.iterations) & ~jnp.isposinf(threshold)
         found = certify(at.params)
         gradient_norm = optax.tree.norm(found.gradient)
         status = jnp.select(
             [
                 ~(jnp.isfinite(found.objective) & jnp.isfinite(gradient_norm)),
                 found.gap <= tol * found.objective,
-                at.idle >= _PATIENCE,
                 at.iterations >= max_iter,
+                (at.idle >= _PATIENCE) | stuck,
             ],
-            [Status.DIVERGED, Status.CONVERGED, Status.STALLED, Status.MAX_ITER],
+            [Status.DIVERGED, Status.CONVERGED, Status.MAX_ITER, Status.STALLED],
             _RUNNING,
         )
         at = at._replace(params=found.params, objective=found.objective, gradient=found.gradient)

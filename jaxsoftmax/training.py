@@ -157,7 +157,7 @@ def evaluate(
         largest counts as the right class.
 
     Returns:
-      `Metrics`; the loss is without penalty. Over no example they are NaN.
+      `Metrics`; the loss is without penalty.
 
     Raises:
       TypeError: an array is not real, or `labels` is boolean or floating without a class axis.
@@ -263,6 +263,7 @@ def train(
       1.0
     """
     _checks.examples(features, labels, *state.params.weights.shape)
+    _checks.scalar("l2", l2)
     epochs = _checks.integer("epochs", epochs, least=1)
     examples = np.shape(features)[0]
     batch_size = min(_checks.integer("batch_size", batch_size, least=1), examples)

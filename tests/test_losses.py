@@ -107,6 +107,12 @@ def test_a_row_with_plus_infinity_is_nan(label: int) -> None:
 
 
 @pytest.mark.single
+def test_a_label_too_large_for_the_default_integer_does_not_wrap() -> None:
+    labels = np.array([2**32, 2**32 + 1, -(2**32)])
+    assert jnp.isnan(cross_entropy(jnp.zeros((3, 4)), labels)).all()
+
+
+@pytest.mark.single
 def test_scaled_logits_inside_jit_equal_eager_ones() -> None:
     def scaled(x: jax.Array) -> jax.Array:
         return cross_entropy(x * c, x.argmax(-1))

@@ -88,6 +88,34 @@ def result_weights(result: Fit) -> jax.Array:
     return result.params.weights
 
 
+@pytest.mark.parametrize("scales", [[1, 1, 1, 1e-6], [1e5, 1, 1, 1e-3], [1e-20] * 4])
+def test_without_penalty_no_scale_of_a_column_passes_for_an_optimum(scales: list[float]) -> None:
+    features, labels = data()
+    best = small_fit(features, labels, l2=0.0)
+    scaled = small_fit(features * jnp.array(scales, WIDE), labels, l2=0.0, max_iter=200)
+    reached = scaled.objective <= best.objective * (1 + 1e-4)
+    assert reached or status(scaled) != Status.CONVERGED
+    assert reached or not scaled.gap <= 1e-4
+
+
+def test_separable_data_without_penalty_never_converge() -> None:
+    features, _ = data()
+    for max_iter in (100, 500):
+        labels = features[:, :CLASSES].argmax(-1)
+        result = small_fit(features, labels, l2=0.0, max_iter=max_iter)
+        assert status(result) in (Status.STALLED, Status.MAX_ITER)
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("weight", [1e37, 1e-37])
+def test_weights_of_any_size_give_the_same_fit(weight: float) -> None:
+    features, labels = data()
+    weights = jnp.full(EXAMPLES, weight, jnp.float32)
+    result = small_fit(features, labels, sample_weight=weights.astype(WIDE))
+    assert status(result) == Status.CONVERGED
+    close(result.params.weights, small_fit(features, labels).params.weights)
+
+
 @pytest.mark.single
 def test_features_near_zero_do_not_pass_for_an_optimum_without_penalty() -> None:
     features, labels = data()
@@ -385,6 +413,11 @@ def test_scan_over_penalties_with_warm_starts() -> None:
             {"init": Params(jnp.zeros((3, 2)), jnp.zeros(2))},
             ValueError,
             r"init.bias must have shape \(classes,\) = \(3,\), got shape \(2,\)",
+        ),
+        (
+            {"init": (np.zeros((3, 2)), np.zeros(3))},
+            TypeError,
+            "init must be a Params, got a tuple",
         ),
         ({"solver": "sgd"}, ValueError, "solver must be one of 'auto', 'lbfgs', got 'sgd'"),
         ({"fit_bias": 1}, TypeError, "fit_bias must be True or False, got 1"),
