@@ -220,6 +220,7 @@ class _BiasStep(NamedTuple):
     step: Array
     decrement: Array
     improved: Array
+    steps: Array
 
 
 def _with_optimal_bias(params: Params, problem: Problem) -> tuple[Params, Array]:
@@ -227,6 +228,8 @@ def _with_optimal_bias(params: Params, problem: Problem) -> tuple[Params, Array]
     logits = _logits(params, problem)
     classes = jnp.ones_like(params.bias, bool) if problem.classes is None else problem.classes
     eps, tiny = jnp.finfo(logits.dtype).eps, jnp.finfo(logits.dtype).tiny
+
+    zero_steps = jnp.zeros((), jnp.int32)
 
     def mean_loss(shift: Array) -> Array:
         return _mean_loss(logits + shift, problem)
@@ -240,18 +243,20 @@ def _with_optimal_bias(params: Params, problem: Problem) -> tuple[Params, Array]
         scale = jnp.maximum(jnp.trace(hessian), tiny)
         regular = hessian + scale + jnp.diag(jnp.where(classes, 0, scale))
         step = -jax.scipy.linalg.solve(regular, gradient, assume_a="pos")
-        return _BiasStep(shift, loss, step, -jnp.sum(gradient * step) / 2, jnp.array(True))
+        return _BiasStep(
+            shift, loss, step, -jnp.sum(gradient * step) / 2, jnp.array(True), zero_steps
+        )
 
     def advance(old: _BiasStep) -> _BiasStep:
         new = evaluate(old.shift + old.step)
         improved = (new.decrement < old.decrement) & (new.loss <= old.loss * (1 + 8 * eps))
         kept = jax.tree.map(lambda new, old: jnp.where(improved, new, old), new, old)
-        return kept._replace(improved=improved)
+        return kept._replace(improved=improved, steps=old.steps + 1)
 
     # The decrement falls quadratically until rounding ends it; so does, far away, a failed step.
     zero, infinite = jnp.zeros_like(params.bias), jnp.full_like(params.bias, jnp.inf, shape=())
-    start = _BiasStep(zero, infinite, zero, infinite, jnp.array(True))
-    last = lax.while_loop(lambda at: at.improved, advance, start)
+    start = _BiasStep(zero, infinite, zero, infinite, jnp.array(True), zero_steps)
+    last = lax.while_loop(lambda at: at.improved & (at.steps < 20), advance, start)
     return params._replace(bias=params.bias + last.shift), last.decrement
 
 
