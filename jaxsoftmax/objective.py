@@ -254,6 +254,7 @@ def _with_optimal_bias(params: Params, problem: Problem) -> tuple[Params, Array]
         return kept._replace(improved=improved, steps=old.steps + 1)
 
     # The decrement falls quadratically until rounding ends it; so does, far away, a failed step.
+    # Separable data have no optimum: there the steps would go on until the loss underflows.
     zero, infinite = jnp.zeros_like(params.bias), jnp.full_like(params.bias, jnp.inf, shape=())
     start = _BiasStep(zero, infinite, zero, infinite, jnp.array(True), zero_steps)
     last = lax.while_loop(lambda at: at.improved & (at.steps < 20), advance, start)
