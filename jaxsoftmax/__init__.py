@@ -2,7 +2,8 @@
 
 The modules, each built on those before it:
 
-* `functional`: `softmax`, `log_softmax`, `logsumexp`, `softmax_jacobian`.
+* `functional`: `softmax`, `log_softmax`, `logsumexp`, `softmax_jacobian`, `entropy`,
+  `kl_divergence`.
 * `losses`: `cross_entropy`.
 * `objective`: the model (`Params`, `linear_logits`), its regularised loss, and the bound on the
   distance from the optimum.
@@ -16,7 +17,14 @@ probabilities, features (examples, features), weights (classes, features), bias 
 are in nats.
 """
 
-from jaxsoftmax.functional import log_softmax, logsumexp, softmax, softmax_jacobian
+from jaxsoftmax.functional import (
+    entropy,
+    kl_divergence,
+    log_softmax,
+    logsumexp,
+    softmax,
+    softmax_jacobian,
+)
 from jaxsoftmax.losses import cross_entropy
 from jaxsoftmax.objective import Params, linear_logits
 from jaxsoftmax.regression import fit
@@ -27,7 +35,9 @@ __all__ = [
     "Params",
     "Status",
     "cross_entropy",
+    "entropy",
     "fit",
+    "kl_divergence",
     "linear_logits",
     "log_softmax",
     "logsumexp",

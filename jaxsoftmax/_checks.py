@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 Axis = int | Sequence[int] | None
+AxisName = str | tuple[str, ...] | None
 
 
 def known(value: ArrayLike) -> NDArray[Any] | None:
@@ -81,6 +82,17 @@ def broadcastable(name: str, value: Array, shape: tuple[int, ...]) -> Array:
     return value
 
 
+def broadcast_together(name: str, a: Array, other: str, b: Array) -> tuple[Array, Array]:
+    """Two arrays, broadcast to one shape."""
+    try:
+        shape = jnp.broadcast_shapes(a.shape, b.shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} and {other} must broadcast to one shape, got shapes {a.shape} and {b.shape}"
+        ) from None
+    return jnp.broadcast_to(a, shape), jnp.broadcast_to(b, shape)
+
+
 def has_shape(name: str, value: Array, shape: tuple[int, ...], meaning: str) -> Array:
     """`value`, if its shape is `shape`; `meaning` names the axes in the message."""
     if value.shape != shape:
@@ -104,6 +116,8 @@ def integer(name: str, value: int, *, least: int | None = None) -> int:
 def axis_index(axis: int, ndim: int) -> int:
     """One axis as an index in [0, ndim)."""
     index = integer("axis", axis)
+    if ndim == 0:
+        raise ValueError(f"axis must be None for a scalar, got {index}")
     if not -ndim <= index < ndim:
         raise ValueError(
             f"axis must be in [{-ndim}, {ndim}) for an array of rank {ndim}, got {index}"
@@ -122,8 +136,32 @@ def axis_indices(axis: Axis, ndim: int) -> tuple[int, ...]:
     return tuple(indices)
 
 
-def scalar(name: str, value: ArrayLike, *, positive: bool = False) -> Array:
-    """`value` as a floating-point array of rank 0; if known, it is at least 0, or above 0."""
+def axis_names(value: AxisName) -> AxisName:
+    """The name of a mesh axis, or a tuple of them, or None."""
+    names = value if isinstance(value, tuple) else (value,)
+    if value is not None and not (names and all(isinstance(name, str) for name in names)):
+        raise TypeError(f"axis_name must be a string or a tuple of strings, got {value!r}")
+    return value
+
+
+def temperature(value: ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    """A floating-point array that broadcasts to `shape` and is constant over `axes`, at least 0."""
+    t = broadcastable("temperature", real_array("temperature", value), shape)
+    sizes = dict(enumerate(t.shape, start=len(shape) - t.ndim))
+    if any(sizes.get(axis, 1) != 1 for axis in axes):
+        raise ValueError(
+            f"temperature must have size 1 on the axes {axes} of the classes, got shape {t.shape}"
+        )
+    if (x := known(value)) is not None and not (x >= 0).all():
+        raise ValueError(f"temperature must be at least 0, got {x.min()}")
+    return t
+
+
+def scalar(
+    name: str, value: ArrayLike, *, positive: bool = False, most: float | None = None
+) -> Array:
+    """`value` as a floating-point array of rank 0; if known, it is at least 0, or above 0, and no
+    more than `most`."""
     number = real_array(name, value)
     if number.ndim != 0:
         raise ValueError(
@@ -132,6 +170,8 @@ def scalar(name: str, value: ArrayLike, *, positive: bool = False) -> Array:
     x = known(value)
     if x is not None and not (x > 0 if positive else x >= 0):
         raise ValueError(f"{name} must be {'above' if positive else 'at least'} 0, got {x}")
+    if x is not None and most is not None and x > most:
+        raise ValueError(f"{name} must be at most {most}, got {x}")
     return number
 
 

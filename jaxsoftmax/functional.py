@@ -1,13 +1,10 @@
-"""Softmax, log-softmax and log-sum-exp, with analytic derivatives of every order.
+"""Softmax, log-softmax, log-sum-exp, entropy and divergence, with derivatives of every order.
 
 Shapes: an input has any shape; `axis` (an integer, several, or None for all) spans the classes, the
-  other axes
-are batch axes, and a *row* is one batch entry. `where` is a boolean array that broadcasts to the
-input's shape.
-
-The derivative of all three is the softmax itself, so it is the only residual that any rule keeps,
-in the input's dtype. Each rule calls the function that it differentiates, so every higher
-derivative is analytic too.
+other axes are batch axes, and a *row* is one batch entry. `where` is a boolean array that
+broadcasts to the input's shape. `axis_name` names the mesh axis, or axes, over which a row is
+sharded: under `jax.shard_map` each device then holds a part of every row, and only one maximum and
+one or two sums per row travel.
 
 Conventions, the same in the whole module:
 
@@ -17,44 +14,58 @@ Conventions, the same in the whole module:
 * A row whose allowed entries are all -inf has softmax NaN and log-sum-exp -inf; one with an allowed
   +inf or NaN has softmax NaN.
 * Integers and booleans are converted to the default float. bfloat16 and float16 are computed in
-  float32 and returned in their own dtype.
+  float32 and returned in their own dtype, `entropy` and `kl_divergence` in float32.
+* Values and derivatives keep their relative accuracy in the tails, where one entry holds almost all
+  of the mass.
 """
 
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax import Array, lax
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Shaped
 
-from jaxsoftmax import _checks
-from jaxsoftmax._checks import Axis
-
-Axes = tuple[int, ...]
+from jaxsoftmax import _checks, _rows
+from jaxsoftmax._checks import Axis, AxisName
+from jaxsoftmax._rows import Rows, compute_dtype, keep, wide
 
 
 def softmax(
-    x: Shaped[ArrayLike, "..."], axis: Axis = -1, where: Bool[ArrayLike, "..."] | None = None
+    x: Shaped[ArrayLike, "..."],
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    temperature: Shaped[ArrayLike, "..."] | None = None,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     r"""Softmax, the probabilities that logits stand for.
 
     .. math:: \sigma(x)_i = \frac{\exp(x_i)}{\sum_j \exp(x_j)}, \qquad
               \frac{\partial \sigma_i}{\partial x_j} = \sigma_i (\delta_{ij} - \sigma_j)
 
+    or :math:`\sigma(x / T)` at a temperature T.
+
     Args:
       x: logits, any shape, real.
       axis: the axis or axes over which the result sums to 1; None for all.
       where: entries that take part, boolean, broadcasting to the shape of `x`; None for all.
+      temperature: a number or an array that broadcasts to the shape of `x` with size 1 on `axis`,
+        at least 0; None for 1. At 0 the result is the limit, equal shares over the largest entries,
+        and all derivatives are 0.
+      axis_name: the mesh axis or axes over which `axis` is sharded, inside `jax.shard_map`.
 
     Returns:
-      Probabilities, with the shape of `x` and its dtype (the default float for integers).
+      Probabilities, with the shape of `x` and its dtype (the default float for integers). A
+      negative temperature that is traced gives NaN.
 
     Raises:
-      TypeError: `x` is not real, `where` is not boolean, or `axis` is not an integer.
-      ValueError: `axis` is out of range or repeats, or `where` does not broadcast to the shape of
-        `x`.
+      TypeError: `x` or `temperature` is not real, `where` is not boolean, `axis` is not an integer,
+        or `axis_name` not a string.
+      ValueError: `axis` is out of range or repeats, `where` or `temperature` does not broadcast to
+        the shape of `x`, or `temperature` is negative or varies along `axis`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,47 +74,63 @@ def softmax(
       Array([0.125, 0.25 , 0.625], dtype=float32)
       >>> softmax(jnp.array([1.0, 1.0, jnp.nan]), where=jnp.array([True, True, False]))
       Array([0.5, 0.5, 0. ], dtype=float32)
+      >>> softmax(jnp.array([0.0, 1.0, 1.0]), temperature=0)
+      Array([0. , 0.5, 0.5], dtype=float32)
 
     Reference:
       Bridle (1990), Probabilistic interpretation of feedforward classification network outputs, eq.
       1.
     """
     x = _checks.real_array("x", x)
-    axes = _checks.axis_indices(axis, x.ndim)
-    return _compiled_softmax(x, None, _checks.mask_array("where", where, x.shape), axes, False)
+    z, mask, rows = _prepared(x, axis, where, temperature, axis_name)
+    return _softmax(z, mask, rows, False).astype(x.dtype)
 
 
 def log_softmax(
-    x: Shaped[ArrayLike, "..."], axis: Axis = -1, where: Bool[ArrayLike, "..."] | None = None
+    x: Shaped[ArrayLike, "..."],
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    temperature: Shaped[ArrayLike, "..."] | None = None,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     r"""Logarithm of the softmax, without forming the softmax.
 
     .. math:: \log\sigma(x)_i = x_i - \log\sum_j \exp(x_j), \qquad
               \frac{\partial \log\sigma_i}{\partial x_j} = \delta_{ij} - \sigma_j
 
+    or :math:`\log\sigma(x / T)` at a temperature T.
+
     Args:
       x: logits, any shape, real.
       axis: the axis or axes over which the probabilities sum to 1; None for all.
       where: entries that take part, boolean, broadcasting to the shape of `x`; None for all.
+      temperature: a number or an array that broadcasts to the shape of `x` with size 1 on `axis`,
+        at least 0; None for 1. At 0 the result is the limit, -inf but for the largest entries, and
+        all derivatives are 0.
+      axis_name: the mesh axis or axes over which `axis` is sharded, inside `jax.shard_map`.
 
     Returns:
       Log-probabilities in nats, with the shape of `x` and its dtype (the default float for
-      integers).
+      integers). A negative temperature that is traced gives NaN.
 
     Raises:
-      TypeError: `x` is not real, `where` is not boolean, or `axis` is not an integer.
-      ValueError: `axis` is out of range or repeats, or `where` does not broadcast to the shape of
-        `x`.
+      TypeError: `x` or `temperature` is not real, `where` is not boolean, `axis` is not an integer,
+        or `axis_name` not a string.
+      ValueError: `axis` is out of range or repeats, `where` or `temperature` does not broadcast to
+        the shape of `x`, or `temperature` is negative or varies along `axis`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoftmax import log_softmax
       >>> log_softmax(jnp.array([1e4, 1e4]))
       Array([-0.6931472, -0.6931472], dtype=float32)
+      >>> log_softmax(jnp.array([20.0, 0.0]))
+      Array([-2.0611537e-09, -2.0000000e+01], dtype=float32)
     """
     x = _checks.real_array("x", x)
-    axes = _checks.axis_indices(axis, x.ndim)
-    return _compiled_log_softmax(x, _checks.mask_array("where", where, x.shape), axes)
+    z, mask, rows = _prepared(x, axis, where, temperature, axis_name)
+    return _log_softmax(z, mask, rows).astype(x.dtype)
 
 
 @overload
@@ -114,6 +141,8 @@ def logsumexp(
     keepdims: bool = False,
     return_sign: Literal[False] = False,
     where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]: ...
 @overload
 def logsumexp(
@@ -124,6 +153,7 @@ def logsumexp(
     *,
     return_sign: Literal[True],
     where: Bool[ArrayLike, "..."] | None = None,
+    axis_name: AxisName = None,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]: ...
 @overload
 def logsumexp(
@@ -133,6 +163,8 @@ def logsumexp(
     keepdims: bool,
     return_sign: Literal[True],
     where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]: ...
 def logsumexp(
     a: Shaped[ArrayLike, "..."],
@@ -141,6 +173,8 @@ def logsumexp(
     keepdims: bool = False,
     return_sign: bool = False,
     where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."] | tuple[Float[Array, "..."], Float[Array, "..."]]:
     r"""Logarithm of a sum of exponentials, weighted by `b` if given.
 
@@ -151,10 +185,12 @@ def logsumexp(
     Args:
       a: exponents, any shape, real.
       axis: the axis or axes to sum over; None, as in `jax.nn.logsumexp`, for all.
-      b: factors of the exponentials, real, broadcasting to the shape of `a`; None for 1.
+      b: factors of the exponentials, real; `a` and `b` broadcast to one shape; None for 1.
       keepdims: keep the summed axes with size 1.
       return_sign: return also the sign of the sum.
-      where: entries that take part, boolean, broadcasting to the shape of `a`; None for all.
+      where: entries that take part, boolean, broadcasting to the shape of `a` and `b`; None for
+        all.
+      axis_name: the mesh axis or axes over which `axis` is sharded, inside `jax.shard_map`.
 
     Returns:
       The logarithm, with the shape of `a` less `axis`, in the dtype of `a` and `b`; with
@@ -162,9 +198,10 @@ def logsumexp(
       logarithm of a negative sum is NaN. A sum over nothing is -inf.
 
     Raises:
-      TypeError: `a` or `b` is not real, `where` is not boolean, or `axis` is not an integer.
-      ValueError: `axis` is out of range or repeats, or `b` or `where` does not broadcast to the
-        shape of `a`.
+      TypeError: `a` or `b` is not real, `where` is not boolean, `axis` is not an integer, or
+        `axis_name` not a string.
+      ValueError: `axis` is out of range or repeats, `a` and `b` do not broadcast to one shape, or
+        `where` does not broadcast to it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -179,45 +216,54 @@ def logsumexp(
       eq. 1.4.
     """
     a = _checks.real_array("a", a)
-    axes = _checks.axis_indices(axis, a.ndim)
     if b is not None:
-        b = jnp.asarray(b, a.dtype) if isinstance(b, (int, float)) else b
-        b = _checks.broadcastable("b", _checks.real_array("b", b), a.shape)
+        b = _checks.real_array("b", jnp.asarray(b, a.dtype) if isinstance(b, (int, float)) else b)
+        a, b = _checks.broadcast_together("a", a, "b", b)
         dtype = a.dtype if a.dtype == b.dtype else compute_dtype(a.dtype, b.dtype)
         a, b = a.astype(dtype), b.astype(dtype)
+    rows = Rows(_checks.axis_indices(axis, a.ndim), _checks.axis_names(axis_name))
     mask = _checks.mask_array("where", where, a.shape)
     if b is not None and mask is not None:
         b = jnp.where(mask, b, 0)
-    value, sign = _compiled_logsumexp(a, b, mask, axes)
+    value, sign = _logsumexp(a, b, mask, rows)
     if b is not None and not return_sign:
-        value = value * jnp.where(sign < 0, jnp.nan, 1.0).astype(value.dtype)
+        value = _rows.only_if(sign >= 0, value)
     if not keepdims:
-        value, sign = jnp.squeeze(value, axes), jnp.squeeze(sign, axes)
+        value, sign = jnp.squeeze(value, rows.axes), jnp.squeeze(sign, rows.axes)
+    value, sign = value.astype(a.dtype), sign.astype(a.dtype)
     return (value, sign) if return_sign else value
 
 
 def softmax_jacobian(
-    x: Shaped[ArrayLike, "..."], axis: int = -1, where: Bool[ArrayLike, "..."] | None = None
+    x: Shaped[ArrayLike, "..."],
+    axis: int = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    temperature: Shaped[ArrayLike, "..."] | None = None,
 ) -> Float[Array, "..."]:
     r"""Jacobian of the softmax, one K x K matrix per row.
 
     .. math:: J_{ij} = \frac{\partial \sigma_i}{\partial x_j} = \sigma_i (\delta_{ij} - \sigma_j)
 
-    The diagonal is computed as :math:`\sigma_i \sum_{j \ne i} \sigma_j`, which is the same number
-    but does not cancel where :math:`\sigma_i` is near 1.
+    or :math:`\sigma_i (\delta_{ij} - \sigma_j) / T`, with :math:`\sigma` of x / T, at a
+    temperature T. The diagonal is computed as :math:`\sigma_i \sum_{j \ne i} \sigma_j`, which is
+    the same number but does not cancel where :math:`\sigma_i` is near 1.
 
     Args:
       x: logits, any shape, real.
       axis: the axis of the K classes.
       where: entries that take part, boolean, broadcasting to the shape of `x`; None for all. Rows
         and columns of masked entries are 0.
+      temperature: as in `softmax`; at 0 the Jacobian is 0.
 
     Returns:
       The Jacobian, of shape (batch axes of `x`, K, K): `axis` is replaced by two axes at the end.
 
     Raises:
-      TypeError: `x` is not real, `where` is not boolean, or `axis` is not an integer.
-      ValueError: `axis` is out of range, or `where` does not broadcast to the shape of `x`.
+      TypeError: `x` or `temperature` is not real, `where` is not boolean, or `axis` is not an
+        integer.
+      ValueError: `axis` is out of range, `where` or `temperature` does not broadcast to the shape
+        of `x`, or `temperature` is negative or varies along `axis`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -228,158 +274,158 @@ def softmax_jacobian(
     """
     x = _checks.real_array("x", x)
     index = _checks.axis_index(axis, x.ndim)
-    p = softmax(x.astype(compute_dtype(x.dtype)), index, where)
-    p = jnp.moveaxis(p, index, -1)
-    products = p[..., :, None] * p[..., None, :]
-    off_diagonal = jnp.where(jnp.eye(p.shape[-1], dtype=bool), 0, products)
-    diagonal = off_diagonal.sum(-1, keepdims=True) * jnp.eye(p.shape[-1], dtype=p.dtype)
-    return (diagonal - off_diagonal).astype(x.dtype)
+    z, mask, rows = _prepared(wide(x), index, where, temperature, None)
+    p = jnp.moveaxis(_softmax(z, mask, rows, False), index, -1)
+    eye = jnp.eye(p.shape[-1], dtype=bool)
+    off_diagonal = jnp.where(eye, 0, p[..., :, None] * p[..., None, :])
+    jacobian = jnp.where(eye, off_diagonal.sum(-1, keepdims=True), -off_diagonal)
+    if temperature is not None:
+        t = _checks.temperature(temperature, x.shape, rows.axes).astype(p.dtype)
+        t = jnp.moveaxis(t.reshape((1,) * (x.ndim - t.ndim) + t.shape), index, -1)[..., None]
+        jacobian = jnp.where(t == 0, 0, jacobian / jnp.where(t == 0, 1, t))
+    return jacobian.astype(x.dtype)
 
 
-def compute_dtype(*dtypes: DTypeLike) -> DTypeLike:
-    """The dtype to compute in with floating `dtypes`: the widest of them, at least float32."""
-    return max((jnp.float32, *dtypes), key=lambda dtype: jnp.finfo(dtype).bits)
+def entropy(
+    logits: Shaped[ArrayLike, "..."],
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+) -> Float[Array, "..."]:
+    r"""Entropy of the softmax of logits, in nats.
 
+    .. math:: H(z) = -\sum_k p_k \log p_k, \qquad p = \sigma(z), \qquad
+              \frac{\partial H}{\partial z_j} = -p_j (\log p_j + H)
 
-def _keep(where: Array | None, value: Array, otherwise: float = 0) -> Array:
-    """`value` where allowed, `otherwise` where masked."""
-    return value if where is None else jnp.where(where, value, otherwise)
+    Args:
+      logits: any shape, real.
+      axis: the axis or axes of the classes; None for all.
+      where: classes that take part, boolean, broadcasting to the shape of `logits`; None for all.
 
+    Returns:
+      The entropy in nats, with the shape of `logits` less `axis`, in float32 or float64. A class of
+      probability 0 contributes 0; a row that is masked throughout has entropy 0.
 
-def _shifted(x: Array, b: Array | None, where: Array | None, axes: Axes) -> tuple[Array, Array]:
-    """x - m, -inf where masked, and m: the maximum over entries with b != 0, or 0 if infinite."""
-    x = _keep(where, x.astype(compute_dtype(x.dtype)), -jnp.inf)
-    counted = x if b is None else jnp.where(b == 0, -jnp.inf, x)
-    maximum = jnp.max(counted, axes, keepdims=True, initial=-jnp.inf)
-    # Inside a larger jit XLA may compute x anew and contract x - m into a fused multiply-add, whose
-    # x is not the rounded one that m was taken from: near 1e11 exp then overflows (jax#37234).
-    # minimum(x, m) is m itself for the largest entry and keeps the contraction out. An entry of
-    # factor 0 may exceed m.
-    bounded = jnp.minimum(x, maximum)
-    if b is not None:
-        bounded = jnp.where(b == 0, x, bounded)
-    m = jnp.where(jnp.isfinite(maximum), maximum, 0)
-    return bounded - m, m
+    Raises:
+      TypeError: `logits` is not real, `where` is not boolean, or `axis` is not an integer.
+      ValueError: `axis` is out of range or repeats, or `where` does not broadcast to the shape of
+        `logits`.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax import entropy
+      >>> entropy(jnp.array([0.0, 0.0, -jnp.inf]))
+      Array(0.6931472, dtype=float32)
 
-def _total(e: Array, b: Array | None, axes: Axes) -> Array:
-    """sum_j b_j e_j, the axes kept; a factor 0 drops its entry even where e overflows."""
-    terms = e if b is None else jnp.where(b == 0, 0, b.astype(e.dtype) * e)
-    return jnp.sum(terms, axes, keepdims=True)
-
-
-def _normaliser(e: Array, b: Array | None, where: Array | None, axes: Axes) -> Array:
-    """The total as a divisor: 1 for a row masked throughout, NaN for one with +inf."""
-    total = _total(e, b, axes)
-    total = jnp.where(jnp.isinf(total), jnp.nan, total)
-    if where is None:
-        return total
-    return jnp.where(jnp.any(jnp.broadcast_to(where, e.shape), axes, keepdims=True), total, 1)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _softmax(
-    x: Array, b: Array | None, where: Array | None, axes: Axes, empty_is_zero: bool
-) -> Array:
-    """exp(x_i) / sum_j b_j exp(x_j): the softmax if b is None, else derivatives of log-sum-exp.
-
-    A row with no entry above -inf is NaN, or 0 if `empty_is_zero`, as the gradient of log-sum-exp
-    needs it.
+    Reference:
+      Cover and Thomas (2006), Elements of Information Theory, eq. 2.1.
     """
-    e = jnp.exp(_shifted(x, b, where, axes)[0])
-    total = _normaliser(e, b, where, axes)
-    if empty_is_zero:
-        total = jnp.where(_total(e, None, axes) == 0, 1, total)
-    return _keep(where, e / total).astype(x.dtype)
+    z = wide(_checks.real_array("logits", logits))
+    z, mask, rows = _prepared(z, axis, where, None, None)
+    return jnp.squeeze(_entropy(z, mask, rows), rows.axes)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _log_softmax(x: Array, where: Array | None, axes: Axes) -> Array:
-    shifted, _ = _shifted(x, None, where, axes)
-    log_total = jnp.log(_normaliser(jnp.exp(shifted), None, where, axes))
-    return _keep(where, shifted - log_total, -jnp.inf).astype(x.dtype)
+def kl_divergence(
+    logits: Shaped[ArrayLike, "..."],
+    target_logits: Shaped[ArrayLike, "..."],
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+) -> Float[Array, "..."]:
+    r"""Kullback-Leibler divergence of a target distribution from a model, both given by logits.
 
+    .. math:: D(q \| p) = \sum_k q_k \log\frac{q_k}{p_k}, \qquad q = \sigma(t), \; p = \sigma(z)
 
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _logsumexp(a: Array, b: Array | None, where: Array | None, axes: Axes) -> tuple[Array, Array]:
-    """log|S| and the sign of S = sum_i b_i exp(a_i), the axes kept."""
-    shifted, m = _shifted(a, b, where, axes)
-    total = _total(jnp.exp(shifted), b, axes)
-    return (jnp.log(jnp.abs(total)) + m).astype(a.dtype), jnp.sign(total).astype(a.dtype)
+    It is summed as :math:`q_k \log(q_k / p_k) - q_k + p_k`, terms that are never negative, so that
+    it keeps its digits between distributions that are close.
 
+    Args:
+      logits: z of the model, any shape, real.
+      target_logits: t of the target, of the shape of `logits`.
+      axis: the axis or axes of the classes; None for all.
+      where: classes that take part, boolean, broadcasting to the shape of `logits`; None for all.
 
-def _centred(t: Array, p: Array, axes: Axes) -> Array:
-    """t less its mean under the weights p, which sum to 1.
+    Returns:
+      The divergence in nats, at least 0, with the shape of `logits` less `axis`, in float32 or
+      float64. A class that both exclude contributes 0, one that the model alone excludes makes it
+      +inf.
 
-    This projection is applied twice: in exact arithmetic the second changes nothing, but it
-    restores what the rounding of the first lost, so that a saturated row keeps its tiny derivative
-    and a row of the transpose sums to 0.
+    Raises:
+      TypeError: `logits` or `target_logits` is not real, `where` is not boolean, or `axis` is not
+        an integer.
+      ValueError: `axis` is out of range or repeats, the shapes of `logits` and `target_logits`
+        differ, or `where` does not broadcast to them.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax import kl_divergence
+      >>> kl_divergence(jnp.zeros(2), jnp.array([0.0, -jnp.inf]))
+      Array(0.6931472, dtype=float32)
+
+    Reference:
+      Kullback and Leibler (1951), On information and sufficiency, eq. 2.4.
     """
-    for _ in range(2):
-        t = t - jnp.sum(p * t, axes, keepdims=True)
-    return t
+    z = _checks.real_array("logits", logits)
+    t = _checks.real_array("target_logits", target_logits)
+    _checks.has_shape("target_logits", t, z.shape, "(shape of logits)")
+    dtype = compute_dtype(z.dtype, t.dtype)
+    z, mask, rows = _prepared(z.astype(dtype), axis, where, None, None)
+    return jnp.squeeze(_kl_divergence(z, t.astype(dtype), mask, rows), rows.axes)
 
 
-# The linear map of each rule works on its residual in the dtype of computation. As a checkpoint it
-# saves the residual as it came, in the input's dtype, and converts it again when it is needed.
-_linear_map = partial(jax.checkpoint, prevent_cse=False)
+def _prepared(
+    x: Array,
+    axis: Axis,
+    where: ArrayLike | None,
+    temperature: ArrayLike | None,
+    axis_name: AxisName,
+) -> tuple[Array, Array | None, Rows]:
+    """Checked arguments: the logits divided by the temperature, the mask, and what a row spans."""
+    rows = Rows(_checks.axis_indices(axis, x.ndim), _checks.axis_names(axis_name))
+    mask = _checks.mask_array("where", where, x.shape)
+    if temperature is not None:
+        t = _checks.temperature(temperature, x.shape, rows.axes)
+        x = _tempered(x, t, mask, rows)
+    return x, mask, rows
 
 
-def _wide(value: Array, where: Array | None) -> Array:
-    """A value of the tangent's computation, 0 where masked."""
-    return _keep(where, value.astype(compute_dtype(value.dtype)))
+@partial(jax.jit, static_argnums=3)
+def _tempered(x: Array, temperature: Array, where: Array | None, rows: Rows) -> Array:
+    """(x - m) / T with the maximum m, in the dtype to compute in; at T = 0 its limit, 0 or -inf.
+
+    Where the derivative with respect to T would overflow it is 0, as in that limit.
+    """
+    x = keep(where, wide(x))
+    t = _rows.only_if(temperature >= 0, temperature.astype(x.dtype))
+    info = jnp.finfo(x.dtype)
+    m = jnp.maximum(rows.max(keep(where, lax.stop_gradient(x), -jnp.inf)), info.min)
+    d = x - m
+    cold = t < info.tiny
+    t = jnp.where(cold, 1, t)
+    steep = ~jnp.isfinite(d / t / t)
+    fixed = lax.stop_gradient(jnp.where(d == -jnp.inf, d, d / t))
+    warm = jnp.where(steep, fixed, jnp.where(steep, 0, d) / t)
+    # x >= m rather than d == 0: inside a larger jit d may come from a fused multiply-add.
+    return jnp.where(cold, jnp.where(x >= m, 0 * d, -jnp.inf), warm)
 
 
-@_softmax.defjvp
-def _softmax_jvp(axes: Axes, empty_is_zero: bool, primals: Any, tangents: Any) -> Any:
-    """d s_i = s_i (dx_i - sum_j s_j (b_j dx_j + db_j))."""
-    (x, b, where), (dx, db, _) = primals, tangents
-    y = _softmax(x, b, where, axes, empty_is_zero)
-
-    @_linear_map
-    def linear(y: Array, b: Array | None, where: Array | None, dx: Array, db: Any) -> Array:
-        s, dlog = _wide(y, where), _wide(dx, where)
-        if b is None:
-            dlog = _centred(dlog, s, axes)
-        else:
-            dlog = _centred(dlog, s * _wide(b, where), axes)
-            dlog = dlog - jnp.sum(s * _wide(db, where), axes, keepdims=True)
-        return _keep(where, s * dlog).astype(y.dtype)
-
-    return y, linear(y, b, where, dx, db)
+@partial(jax.jit, static_argnums=2)
+def _entropy(z: Array, where: Array | None, rows: Rows) -> Array:
+    p, log_p = _rows.softmax(z, where, rows, False), _rows.log_softmax(z, where, rows)
+    return rows.sum(p * -jnp.where(log_p == -jnp.inf, 0, log_p))
 
 
-@_log_softmax.defjvp
-def _log_softmax_jvp(axes: Axes, primals: Any, tangents: Any) -> Any:
-    """d log s_i = dx_i - sum_j s_j dx_j."""
-    (x, where), (dx, _) = primals, tangents
-
-    @_linear_map
-    def linear(s: Array, where: Array | None, dx: Array) -> Array:
-        dlog = _centred(_wide(dx, where), _wide(s, where), axes)
-        return _keep(where, dlog).astype(s.dtype)
-
-    return _log_softmax(x, where, axes), linear(_softmax(x, None, where, axes, False), where, dx)
-
-
-@_logsumexp.defjvp
-def _logsumexp_jvp(axes: Axes, primals: Any, tangents: Any) -> Any:
-    """d log|S| = sum_j s_j (b_j da_j + db_j); the sign is constant."""
-    (a, b, where), (da, db, _) = primals, tangents
-    value, sign = _logsumexp(a, b, where, axes)
-
-    @_linear_map
-    def linear(s: Array, b: Array | None, where: Array | None, da: Array, db: Any) -> Array:
-        terms = _wide(da, where)
-        if b is not None:
-            terms = _wide(b, where) * terms + _wide(db, where)
-        return jnp.sum(_wide(s, where) * terms, axes, keepdims=True).astype(s.dtype)
-
-    dvalue = linear(_softmax(a, b, where, axes, True), b, where, da, db)
-    return (value, sign), (dvalue, jnp.zeros_like(sign))
+@partial(jax.jit, static_argnums=3)
+def _kl_divergence(z: Array, t: Array, where: Array | None, rows: Rows) -> Array:
+    p, log_p = _rows.softmax(z, where, rows, False), _rows.log_softmax(z, where, rows)
+    q, log_q = _rows.softmax(t, where, rows, False), _rows.log_softmax(t, where, rows)
+    no_target, no_model = log_q == -jnp.inf, log_p == -jnp.inf
+    neither = no_target | no_model
+    u = jnp.where(neither, 0, log_p) - jnp.where(neither, 0, log_q)
+    far = u > 1
+    terms = jnp.where(far, p - q - q * u, q * (jnp.expm1(jnp.where(far, 1, u)) - u))
+    return rows.sum(jnp.where(no_target, p, jnp.where(no_model, jnp.inf, terms)))
 
 
 # Called outside jit, each is one compiled program, as in jax.nn.
-_compiled_softmax = jax.jit(_softmax, static_argnums=(3, 4))
-_compiled_log_softmax = jax.jit(_log_softmax, static_argnums=(2,))
-_compiled_logsumexp = jax.jit(_logsumexp, static_argnums=(3,))
+_softmax = jax.jit(_rows.softmax, static_argnums=(2, 3))
+_log_softmax = jax.jit(_rows.log_softmax, static_argnums=(2,))
+_logsumexp = jax.jit(_rows.logsumexp, static_argnums=(3,))

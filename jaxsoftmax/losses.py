@@ -5,16 +5,18 @@ classes, or has the shape of `logits` for probabilities. Losses are in nats, nev
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Shaped
 
-from jaxsoftmax import _checks, functional
-from jaxsoftmax.functional import compute_dtype, log_softmax
+from jaxsoftmax import _checks, _rows
+from jaxsoftmax._checks import AxisName
+from jaxsoftmax._rows import Rows, compute_dtype, keep, wide
 
 
 def cross_entropy(
@@ -23,12 +25,21 @@ def cross_entropy(
     *,
     axis: int = -1,
     where: Bool[ArrayLike, "..."] | None = None,
+    label_smoothing: Shaped[ArrayLike, ""] = 0.0,
+    class_weight: Shaped[ArrayLike, " classes"] | None = None,
+    z_loss: Shaped[ArrayLike, ""] = 0.0,
+    ignore_label: int | None = None,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy of labels under the softmax of logits.
 
-    .. math:: \ell(z, y) = -\sum_k y_k \log\sigma(z)_k, \qquad \ell(z, c) = -\log\sigma(z)_c
+    .. math:: \ell(z, y) = -\sum_k w_k y'_k \log\sigma(z)_k
+              + \zeta \Bigl(\log\sum_k \exp(z_k)\Bigr)^2, \qquad
+              y'_k = (1 - \varepsilon) y_k + \frac{\varepsilon}{n}
 
-    with probabilities y or a class c as `labels`.
+    with probabilities y as `labels`, or a class c, which stands for y = 1 at c and 0 elsewhere, but
+    costs no array of that size. w is `class_weight`, :math:`\zeta` is `z_loss`,
+    :math:`\varepsilon` is `label_smoothing`, which goes in equal shares to the n allowed classes.
 
     Args:
       logits: (..., classes), real, the classes on `axis`.
@@ -36,18 +47,30 @@ def cross_entropy(
         probabilities, floating, of the shape of `logits`.
       axis: the axis of the classes.
       where: classes that are allowed, boolean, broadcasting to the shape of `logits`; None for all.
+      label_smoothing: the share of each label that is spread over the allowed classes, a number in
+        [0, 1].
+      class_weight: (classes,), real; None for 1. The weighted losses are not normalised.
+      z_loss: the factor of the squared log-sum-exp, a number of at least 0.
+      ignore_label: the integer label of examples that do not count: their loss and all its
+        derivatives are 0, whatever their logits.
+      axis_name: the mesh axis or axes over which the classes are sharded, inside `jax.shard_map`.
+        Integer labels then count over all shards, and each shard has them all; `class_weight` and
+        probabilities are sharded as `logits` are.
 
     Returns:
       Loss per example in nats, with the shape of `logits` less `axis`, in float32 or in float64 if
-      an argument has it. It is +inf where a label stands on a masked class or on one with logit
-      -inf, and NaN, with NaN gradient, where an integer label is out of range. A probability of 0
-      contributes 0 everywhere.
+      `logits` or probabilities have it. It is +inf where a label stands on a masked class or on one
+      with logit -inf, and NaN, with NaN derivatives, where an integer label is out of range, where
+      no allowed logit is above -inf, or where `label_smoothing` or `z_loss` is traced and out of
+      range. A probability or a weight of 0 contributes 0 everywhere.
 
     Raises:
-      TypeError: `logits` or `labels` is not real, `labels` is boolean, `where` is not boolean, or
-        `axis` is not an integer.
-      ValueError: `axis` is out of range, the shape of `labels` does not fit, or `where` does not
-        broadcast to the shape of `logits`.
+      TypeError: an array argument is not real, `labels` is boolean, or of an integer dtype where
+        its shape says probabilities or the other way round, `where` is not boolean, `axis` or
+        `ignore_label` is not an integer, or `axis_name` not a string.
+      ValueError: `axis` is out of range, the shape of `labels` or `class_weight` does not fit,
+        `where` does not broadcast to the shape of `logits`, `label_smoothing` is not in [0, 1],
+        `z_loss` is negative, or `ignore_label` is given with probabilities.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,103 +80,225 @@ def cross_entropy(
       Array([0.6931472, 1.3862944], dtype=float32)
       >>> cross_entropy(logits, jnp.array([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]))
       Array([1.0397208, 1.3862944], dtype=float32)
+      >>> cross_entropy(logits, jnp.array([0, -100]), ignore_label=-100, label_smoothing=0.3)
+      Array([0.8317766, 0.       ], dtype=float32)
 
-    Reference:
-      Bishop (2006), Pattern Recognition and Machine Learning, eq. 4.108.
+    References:
+      Bishop (2006), Pattern Recognition and Machine Learning, eq. 4.108. Szegedy et al. (2016),
+      Rethinking the Inception architecture for computer vision, section 7 (label smoothing).
+      Chowdhery et al. (2022), PaLM, section 5 (z-loss).
     """
     logits, labels = _checks.real_array("logits", logits), _checks.label_array(labels)
     axis = _checks.axis_index(axis, logits.ndim)
+    rows = Rows((axis,), _checks.axis_names(axis_name))
+    mask = _checks.mask_array("where", where, logits.shape)
     batch = logits.shape[:axis] + logits.shape[axis + 1 :]
-    if _checks.class_labels(labels, batch, "(batch axes of logits)"):
-        mask = _checks.mask_array("where", where, logits.shape)
-        return _compiled_integer_cross_entropy(logits, labels, mask, axis)
-    _checks.has_shape("labels", labels, logits.shape, "(shape of logits)")
-    dtype = compute_dtype(logits.dtype, labels.dtype)
-    log_p = log_softmax(logits.astype(dtype), axis, where)
-    return _probability_cross_entropy(log_p, labels.astype(dtype), axis)
+    if not _checks.class_labels(labels, batch, "(batch axes of logits)"):
+        _checks.has_shape("labels", labels, logits.shape, "(shape of logits)")
+        if ignore_label is not None:
+            raise ValueError("ignore_label needs integer labels, got probabilities")
+    elif ignore_label is not None:
+        ignore_label = _checks.integer("ignore_label", ignore_label)
+    if class_weight is not None:
+        weight = _checks.real_array("class_weight", class_weight)
+        class_weight = _checks.has_shape(
+            "class_weight", weight, logits.shape[axis : axis + 1], "(classes,)"
+        )
+    smoothing = _checks.scalar("label_smoothing", label_smoothing, most=1.0)
+    z = _checks.scalar("z_loss", z_loss)
+    return _cross_entropy(
+        logits,
+        labels,
+        mask,
+        None if _is_zero(label_smoothing) else smoothing,
+        class_weight,
+        None if _is_zero(z_loss) else z,
+        ignore_label,
+        rows,
+    )
 
 
-def _terms(
-    logits: Array, labels: Array, where: Array | None, axis: int
-) -> tuple[Array, Array, Array, Array]:
-    """With c the label and m the largest logit: exp(z_k - m) without c, its sum, z_c - m, c.
+def _is_zero(value: ArrayLike) -> bool:
+    """Whether a term is left out of the program: its factor is the Python number 0."""
+    return isinstance(value, (int, float)) and value == 0
 
-    The label's own term is kept apart from the rest of the sum. So the tiny loss of a confident
-    label, and the tiny p_c - 1 of its gradient, keep their digits.
-    """
-    index, valid = _index(labels, logits.shape, axis)
-    shifted, m = functional._shifted(logits, None, where, (axis,))
-    own = jnp.take_along_axis(logits, index, axis).astype(m.dtype)
-    finite = own != jnp.inf
-    own = jnp.minimum(own, m) - m  # as in _shifted
+
+@partial(jax.jit, static_argnums=(6, 7))
+def _cross_entropy(
+    logits: Array,
+    labels: Array,
+    where: Array | None,
+    smoothing: Array | None,
+    class_weight: Array | None,
+    z_loss: Array | None,
+    ignore_label: int | None,
+    rows: Rows,
+) -> Array:
+    """The loss of the formula above, on checked arrays."""
+    (axis,) = rows.axes
+    probabilities = jnp.issubdtype(labels.dtype, jnp.floating)
+    dtype = compute_dtype(logits.dtype, *([labels.dtype] if probabilities else []))
+    if dtype != compute_dtype(logits.dtype):
+        logits = logits.astype(dtype)
+    ignored = None
+    if ignore_label is not None and _holds(labels.dtype, ignore_label):
+        ignored = labels == ignore_label
+        labels = jnp.where(ignored, 0, labels)
+        counted = jnp.expand_dims(~ignored, axis)
+        where = counted if where is None else where & counted
+
+    weight: Any = 1.0
+    if class_weight is not None:
+        shape = [1] * axis + [-1] + [1] * (logits.ndim - axis - 1)
+        weight = class_weight.astype(dtype).reshape(shape)
+    share: Any = 1.0  # of the label, and of each allowed class
+    spread: Any = 0.0
+    if smoothing is not None:
+        smoothing = _rows.only_if((smoothing >= 0) & (smoothing <= 1), smoothing.astype(dtype))
+        allowed = jnp.broadcast_to(True if where is None else where, logits.shape)
+        n = rows.sum(allowed.astype(dtype))
+        share, spread = 1 - smoothing, jnp.where(allowed, smoothing / jnp.maximum(n, 1), 0)
+
+    if probabilities:
+        loss = _expectation(weight * (share * labels.astype(dtype) + spread), logits, where, rows)
+    else:
+        loss = _integer_cross_entropy(logits, labels, where, rows)
+        if ignored is not None:
+            loss = jnp.where(jnp.expand_dims(ignored, axis), 0, loss)
+        if class_weight is not None:
+            label = _locate(labels, logits.shape, rows)
+            own_weight = class_weight.astype(dtype)[label.index]
+            share = share * _from_owner(own_weight, label, rows)
+        if class_weight is not None or smoothing is not None:
+            loss = _product(share, loss)
+        if smoothing is not None:
+            loss = loss + _expectation(weight * spread, logits, where, rows)
+    if z_loss is not None:
+        factor = _rows.only_if(z_loss >= 0, z_loss.astype(dtype))
+        log_z, _ = _rows.logsumexp(logits, None, where, rows)
+        loss = loss + factor * jnp.where(log_z == -jnp.inf, 0, log_z) ** 2
+    return jnp.squeeze(loss, axis)
+
+
+def _holds(dtype: Any, value: int) -> bool:
+    return bool(jnp.iinfo(dtype).min <= value <= jnp.iinfo(dtype).max)
+
+
+def _product(factor: Any, loss: Array) -> Array:
+    """factor * loss, with 0 * inf = 0; elsewhere the derivative with respect to a factor of 0 is
+    the loss."""
+    return factor * jnp.where((factor == 0) & (loss == jnp.inf), 0, loss)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _expectation(shares: Array, logits: Array, where: Array | None, rows: Rows) -> Array:
+    """sum_k shares_k (-log p_k)."""
+    return rows.sum(_product(shares, -_rows.log_softmax(logits, where, rows)))
+
+
+@partial(_expectation.defjvp, symbolic_zeros=True)
+def _expectation_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
+    """d l = sum_k (-log p_k) dshares_k - shares_k (dz_k - sum_j p_j dz_j)."""
+    (shares, logits, where), (dshares, dlogits, _) = primals, tangents
+    parts = []
+    if not isinstance(dshares, SymbolicZero):
+        log_p = _rows.log_softmax(logits, where, rows)
+        counted = (shares != 0) | (log_p > -jnp.inf)
+        parts.append(rows.sum(jnp.where(counted, -log_p, 0) * dshares))
+    if not isinstance(dlogits, SymbolicZero):
+
+        @_rows.linear_map
+        def linear(p: Array, shares: Array, where: Array | None, dlogits: Array) -> Array:
+            dlog = _rows.centred(keep(where, wide(dlogits)), wide(p), rows)
+            return -rows.sum(shares * keep(where, dlog))
+
+        p = _rows.softmax(logits, where, rows, False)
+        parts.append(linear(p, shares, where, dlogits))
+    return _expectation(shares, logits, where, rows), sum(parts)
+
+
+class _Label(NamedTuple):
+    """Where integer labels stand: the index in this shard, whether it is in this shard, and whether
+    it is in any."""
+
+    index: Array
+    here: Array
+    valid: Array
+
+
+def _locate(labels: Array, shape: tuple[int, ...], rows: Rows) -> _Label:
+    (axis,) = rows.axes
+    if labels.dtype.itemsize < 4:
+        labels = labels.astype(jnp.int32)
+    labels, count = jnp.expand_dims(labels, axis), shape[axis]
+    first, total = 0, count
+    if rows.axis_name is not None:
+        first = count * lax.axis_index(rows.axis_name)
+        total = count * lax.axis_size(rows.axis_name)
+    valid = (labels >= 0) & (labels < total)
+    index = jnp.where(valid, labels.astype(jnp.int32), 0) - first
+    here = valid & (index >= 0) & (index < count)
+    return _Label(jnp.where(here, index, 0), here, valid)
+
+
+def _from_owner(value: Array, label: _Label, rows: Rows) -> Array:
+    """The value that the shard with the label has."""
+    if rows.axis_name is None:
+        return value
+    return lax.psum(jnp.where(label.here, value, 0), rows.axis_name)
+
+
+def _own(logits: Array, m: Array, where: Array | None, label: _Label, rows: Rows) -> Array:
+    """z_c - m, -inf for a masked label."""
+    (axis,) = rows.axes
+    own = jnp.minimum(wide(jnp.take_along_axis(logits, label.index, axis)), m) - m  # as in shifted
     if where is not None:
-        allowed = jnp.take_along_axis(jnp.broadcast_to(where, logits.shape), index, axis)
-        own, finite = jnp.where(allowed, own, -jnp.inf), finite | ~allowed
-    e = _put(jnp.exp(shifted), index, 0, axis)
-    others = jnp.sum(e, axis, keepdims=True)
-    # NaN for a label out of range, and for a row with +inf as in softmax.
-    return e, jnp.where(valid & finite & ~jnp.isinf(others), others, jnp.nan), own, index
+        allowed = jnp.take_along_axis(jnp.broadcast_to(where, logits.shape), label.index, axis)
+        own = jnp.where(allowed, own, -jnp.inf)
+    return _from_owner(own, label, rows)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _integer_cross_entropy(logits: Array, labels: Array, where: Array | None, axis: int) -> Array:
-    """log sum_k exp(z_k - m) - (z_c - m)."""
-    _, others, own, _ = _terms(logits, labels, where, axis)
-    loss = jnp.log1p(others + jnp.expm1(own)) - own
-    impossible = (own == -jnp.inf) & ~jnp.isnan(others)
-    return jnp.squeeze(jnp.where(impossible, jnp.inf, loss), axis)
+def _integer_cross_entropy(logits: Array, labels: Array, where: Array | None, rows: Rows) -> Array:
+    """log sum_k exp(z_k - m) - (z_c - m) with the label c and the largest logit m."""
+    label = _locate(labels, logits.shape, rows)
+    d, m = _rows.shifted(logits, where, rows)
+    loss = _rows.log_sum(d, where, rows) - _own(logits, m, where, label, rows)
+    return _rows.only_if(label.valid, loss)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _residuals(logits: Array, labels: Array, where: Array | None, axis: int) -> Array:
+def _residuals(logits: Array, labels: Array, where: Array | None, rows: Rows) -> Array:
     """p - e_c, the gradient of the loss; p_c - 1 is minus the sum of the other probabilities."""
-    e, others, own, index = _terms(logits, labels, where, axis)
-    total = others + jnp.exp(own)
-    total = jnp.where(total == 0, 1, total)
-    return _put(e / total, index, -others / total, axis).astype(logits.dtype)
+    (axis,) = rows.axes
+    label = _locate(labels, logits.shape, rows)
+    d, m = _rows.shifted(logits, where, rows)
+    c, t = _rows.parts(d, rows)
+    total = _rows.only_if(label.valid, _rows.or_empty(c + t, 1.0, where, rows))
+    p = jnp.exp(d) / total
+    own = -(t + (c - jnp.exp(_own(logits, m, where, label, rows)))) / total
+    if rows.axis_name is not None:
+        own = jnp.where(label.here, own, jnp.take_along_axis(p, label.index, axis))
+    return jnp.put_along_axis(p, label.index, own, axis, inplace=False).astype(logits.dtype)
 
 
 @_integer_cross_entropy.defjvp
-def _integer_cross_entropy_jvp(axis: int, primals: Any, tangents: Any) -> Any:
+def _integer_cross_entropy_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     """d l = sum_k (p - e_c)_k dz_k."""
     (logits, labels, where), (dlogits, _, _) = primals, tangents
 
-    @functional._linear_map
-    def linear(g: Array, where: Array | None, dlogits: Array) -> Array:
-        return jnp.sum(functional._wide(g, where) * functional._wide(dlogits, where), axis)
+    @_rows.linear_map
+    def linear(r: Array, where: Array | None, dlogits: Array) -> Array:
+        return rows.sum(wide(r) * keep(where, wide(dlogits)))
 
-    dloss = linear(_residuals(logits, labels, where, axis), where, dlogits)
-    return _integer_cross_entropy(logits, labels, where, axis), dloss
+    dloss = linear(_residuals(logits, labels, where, rows), where, dlogits)
+    return _integer_cross_entropy(logits, labels, where, rows), dloss
 
 
 @_residuals.defjvp
-def _residuals_jvp(axis: int, primals: Any, tangents: Any) -> Any:
+def _residuals_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     """d (p - e_c) = d p."""
     (logits, labels, where), (dlogits, _, _) = primals, tangents
-    _, dp = jax.jvp(
-        lambda z: functional._softmax(z, None, where, (axis,), True), (logits,), (dlogits,)
-    )
-    return _residuals(logits, labels, where, axis), dp
-
-
-def _index(labels: Array, shape: tuple[int, ...], axis: int) -> tuple[Array, Array]:
-    """The labels as indices along `axis`, 0 if out of range, and whether they are in range."""
-    if labels.dtype.itemsize < 4:
-        labels = labels.astype(jnp.int32)
-    labels = jnp.expand_dims(labels, axis)
-    valid = (labels >= 0) & (labels < shape[axis])
-    return jnp.where(valid, labels.astype(jnp.int32), 0), valid
-
-
-def _put(values: Array, index: Array, new: ArrayLike, axis: int) -> Array:
-    return jnp.put_along_axis(values, index, new, axis, inplace=False)
-
-
-def _probability_cross_entropy(log_p: Array, labels: Array, axis: int) -> Array:
-    # 0 * -inf counts as 0; a finite log_p stays, so that the gradient with respect to the label is
-    # right.
-    impossible = (labels == 0) & (log_p == -jnp.inf)
-    return jnp.sum(labels * jnp.where(impossible, 0, -log_p), axis)
-
-
-_compiled_integer_cross_entropy = jax.jit(_integer_cross_entropy, static_argnums=(3,))
+    _, dp = jax.jvp(lambda z: _rows.softmax(z, where, rows, False), (logits,), (dlogits,))
+    valid = _rows.only_if(_locate(labels, logits.shape, rows).valid, jnp.ones((), dp.dtype))
+    return _residuals(logits, labels, where, rows), valid * dp

@@ -24,7 +24,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Shaped
 
 from jaxsoftmax import _checks
-from jaxsoftmax.functional import compute_dtype, softmax
+from jaxsoftmax._rows import compute_dtype
+from jaxsoftmax.functional import softmax
 from jaxsoftmax.losses import cross_entropy
 
 

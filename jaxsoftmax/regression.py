@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Shaped
 
 from jaxsoftmax import _checks
-from jaxsoftmax.functional import compute_dtype
+from jaxsoftmax._rows import compute_dtype
 from jaxsoftmax.objective import Params, centred, certify, make_problem, objective, present_classes
 from jaxsoftmax.solvers import Fit, Status, lbfgs
 

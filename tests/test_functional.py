@@ -260,7 +260,8 @@ def test_known_sums_with_factors() -> None:
     np.testing.assert_allclose(value, np.log(7), 4 * eps(WIDE))
     assert sign == -1
     assert jnp.isnan(logsumexp(zeros, b=-b))
-    assert jnp.isnan(jax.grad(logsumexp)(zeros, b=-b)).all()
+    # An entry of factor 0 is as good as masked.
+    np.testing.assert_array_equal(jax.grad(logsumexp)(zeros, b=-b), [nan, 0, nan])
     assert logsumexp(jnp.array([1000.0, 1.0]), b=jnp.array([0, 1])) == 1
     value, sign = logsumexp(zeros[:2], b=jnp.array([1, -1]), return_sign=True)
     assert value == -inf
@@ -509,16 +510,14 @@ def test_bad_inputs_are_named() -> None:
         ValueError, match=r"axis must not repeat, got \(0, -2\) for an array of rank 2"
     ):
         softmax(jnp.zeros((2, 3)), (0, -2))
-    with pytest.raises(
-        ValueError, match=r"axis must be in \[0, 0\) for an array of rank 0, got -1"
-    ):
+    with pytest.raises(ValueError, match="axis must be None for a scalar, got -1"):
         softmax(jnp.zeros(()))
     with pytest.raises(TypeError, match="x must hold real numbers, got dtype complex64"):
         softmax(jnp.zeros(2, jnp.complex64))
     with pytest.raises(TypeError, match=r"x must be an array of numbers, got array\('abc'"):
         log_softmax(np.array("abc"))
-    with pytest.raises(ValueError, match=r"b must broadcast to shape \(3,\), got shape \(2, 3\)"):
-        logsumexp(jnp.zeros(3), b=jnp.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"a and b must broadcast to one shape, got .*\(3,\) and"):
+        logsumexp(jnp.zeros(3), b=jnp.zeros((2, 4)))
     with pytest.raises(TypeError, match="a must hold real numbers, got dtype complex64"):
         logsumexp(jnp.zeros(3, jnp.complex64))
     with pytest.raises(TypeError, match=r"axis must be an integer, got \(0, 1\)"):

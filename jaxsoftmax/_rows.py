@@ -1,0 +1,238 @@
+"""Softmax, log-softmax and log-sum-exp of rows with their derivative rules, on checked arrays.
+
+The derivative of all three is the softmax itself, so it is the only residual that any rule keeps,
+in the input's dtype. Each rule calls the function that it differentiates, so every higher
+derivative is analytic too.
+
+Where no mask is given a row is all arithmetic: XLA:CPU makes one kernel of it, with accurate sums,
+and a comparison among it costs two to three times the time.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import DTypeLike
+
+
+class Rows(NamedTuple):
+    """What a row spans, static: axes of the array and, if it is sharded, axes of the mesh.
+
+    Reductions keep the axes with size 1. Only their results travel over the mesh.
+    """
+
+    axes: tuple[int, ...]
+    axis_name: str | tuple[str, ...] | None = None
+
+    def sum(self, values: Array) -> Array:
+        total = jnp.sum(values, self.axes, keepdims=True)
+        return total if self.axis_name is None else lax.psum(total, self.axis_name)
+
+    def max(self, values: Array) -> Array:
+        maximum = jnp.max(values, self.axes, keepdims=True, initial=-jnp.inf)
+        return maximum if self.axis_name is None else lax.pmax(maximum, self.axis_name)
+
+    def any(self, where: Array, ndim: int) -> Array:
+        """Whether a row has an allowed entry; the mask broadcasts to an array of rank `ndim`."""
+        where = where.reshape((1,) * (ndim - where.ndim) + where.shape)
+        found = jnp.any(where, self.axes, keepdims=True)
+        if self.axis_name is None:
+            return found
+        return lax.pmax(found.astype(jnp.int32), self.axis_name) > 0
+
+
+def compute_dtype(*dtypes: DTypeLike) -> DTypeLike:
+    """The dtype to compute in with floating `dtypes`: the widest of them, at least float32."""
+    return max((jnp.float32, *dtypes), key=lambda dtype: jnp.finfo(dtype).bits)
+
+
+def wide(value: Array) -> Array:
+    """`value` in the dtype to compute in."""
+    return value.astype(compute_dtype(value.dtype))
+
+
+def keep(where: Array | None, value: Array, otherwise: float = 0) -> Array:
+    """`value` where allowed, `otherwise` where masked."""
+    return value if where is None else jnp.where(where, value, otherwise)
+
+
+def shifted(x: Array, where: Array | None, rows: Rows) -> tuple[Array, Array]:
+    """x - m, -inf where masked, and the maximum m, kept finite for a row of -inf.
+
+    A row with +inf or NaN is NaN.
+    """
+    x = keep(where, wide(x), -jnp.inf)
+    maximum = rows.max(x)
+    m = jnp.maximum(maximum, jnp.finfo(x.dtype).min)
+    # Inside a larger jit XLA may compute x anew and contract x - m into a fused multiply-add, whose
+    # x is not the rounded one that m was taken from: near 1e11 exp then overflows (jax#37234).
+    # minimum(x, m) is m itself for the largest entry and keeps the contraction out.
+    return jnp.minimum(x, maximum) - m, m
+
+
+def parts(d: Array, rows: Rows, b: Array | float = 1.0) -> tuple[Array, Array]:
+    """The sum of b exp(d), for d = x - m, as c + t with its digits where t is tiny.
+
+    The exponential of the largest entries is 1, of all others it is less. So the integral parts sum
+    to the weight c of the largest entries, the fractional parts to the tail t of the others.
+    """
+    e = jnp.exp(d)
+    whole = jnp.floor(e)
+    return rows.sum(b * whole), rows.sum(b * (e - whole))
+
+
+def or_empty(value: Array, empty: float, where: Array | None, rows: Rows) -> Array:
+    """A value per row, and `empty` for a row that is masked throughout."""
+    return value if where is None else jnp.where(rows.any(where, value.ndim), value, empty)
+
+
+def log_sum(d: Array, where: Array | None, rows: Rows) -> Array:
+    """log sum exp(d) for d = x - m, 0 for a row that is masked throughout."""
+    c, t = parts(d, rows)
+    return or_empty(jnp.log1p(t + (c - 1)), 0.0, where, rows)
+
+
+def only_if(condition: Array, value: Array) -> Array:
+    """`value`, or NaN with NaN derivatives; on the way to a `value` there is no NaN."""
+    one = condition.astype(value.dtype)
+    return value * (one / one)
+
+
+def centred(t: Array, p: Array, rows: Rows) -> Array:
+    """t less its mean under the weights p, which sum to 1.
+
+    This projection is applied twice: in exact arithmetic the second changes nothing, but it
+    restores what the rounding of the first lost, so that a saturated row keeps its tiny derivative
+    and a row of the transpose sums to 0.
+    """
+    for _ in range(2):
+        t = t - rows.sum(p * t)
+    return t
+
+
+# The linear map of each rule works on its residual in the dtype of computation. As a checkpoint it
+# saves the residual as it came, in the input's dtype, and converts it again when it is needed.
+linear_map = partial(jax.checkpoint, prevent_cse=False)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def softmax(x: Array, where: Array | None, rows: Rows, empty_is_zero: bool) -> Array:
+    """exp(x_i) / sum_j exp(x_j), 0 in a row that is masked throughout.
+
+    A row whose allowed entries are all -inf is NaN, or 0 if `empty_is_zero`, as the gradient of
+    log-sum-exp needs it.
+    """
+    e = jnp.exp(shifted(x, where, rows)[0])
+    total = rows.sum(e)
+    # A largest entry, if there is one, adds 1 to the total.
+    total = jnp.maximum(total, 1) if empty_is_zero else or_empty(total, 1.0, where, rows)
+    return keep(where, e / total).astype(x.dtype)
+
+
+@softmax.defjvp
+def _softmax_jvp(rows: Rows, empty_is_zero: bool, primals: Any, tangents: Any) -> Any:
+    """d s_i = s_i (dx_i - sum_j s_j dx_j)."""
+    (x, where), (dx, _) = primals, tangents
+    y = softmax(x, where, rows, empty_is_zero)
+
+    @linear_map
+    def linear(y: Array, where: Array | None, dx: Array) -> Array:
+        s = wide(y)
+        return (s * centred(keep(where, wide(dx)), s, rows)).astype(y.dtype)
+
+    return y, linear(y, where, dx)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def log_softmax(x: Array, where: Array | None, rows: Rows) -> Array:
+    """x_i - log sum_j exp(x_j), -inf where masked, in the dtype to compute in."""
+    d, _ = shifted(x, where, rows)
+    return keep(where, d - log_sum(d, where, rows), -jnp.inf)
+
+
+@log_softmax.defjvp
+def _log_softmax_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
+    """d log s_i = dx_i - sum_j s_j dx_j."""
+    (x, where), (dx, _) = primals, tangents
+
+    @linear_map
+    def linear(y: Array, where: Array | None, dx: Array) -> Array:
+        return keep(where, centred(keep(where, wide(dx)), wide(y), rows))
+
+    return log_softmax(x, where, rows), linear(softmax(x, where, rows, False), where, dx)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def logsumexp(a: Array, b: Array | None, where: Array | None, rows: Rows) -> tuple[Array, Array]:
+    """log|S| and the sign of S = sum_i b_i exp(a_i), in the dtype to compute in."""
+    d, m = shifted(a, _counted(b, where), rows)
+    if b is None:
+        c, t = parts(d, rows)
+        infinite = m == jnp.inf
+        value = jnp.where(infinite, jnp.inf, jnp.log1p(t + (c - 1)) + m)
+        return value, jnp.where(infinite, 1, jnp.sign(c))
+    c, t = parts(d, rows, wide(b))
+    size, sign = jnp.abs(c + t), jnp.sign(c + t)
+    near_one = (size > 0.5) & (size < 2)
+    return jnp.where(near_one, jnp.log1p(sign * t + (sign * c - 1)), jnp.log(size)) + m, sign
+
+
+def _counted(b: Array | None, where: Array | None) -> Array | None:
+    """The mask without the entries of factor 0: they count for nothing, whatever their exponent."""
+    if b is None:
+        return where
+    return b != 0 if where is None else where & (b != 0)
+
+
+@partial(logsumexp.defjvp, symbolic_zeros=True)
+def _logsumexp_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
+    """d log|S| = sum_j s_j (b_j da_j + db_j) with s_j = exp(a_j) / S; the sign is constant."""
+    (a, b, where), (da, db, _) = primals, tangents
+    value, sign = logsumexp(a, b, where, rows)
+    if isinstance(db, SymbolicZero):  # s_j may overflow where b_j = 0, and is not needed there
+        db, where = None, _counted(b, where)
+
+    @linear_map
+    def linear(s: Array, b: Array | None, where: Array | None, da: Array, db: Any) -> Array:
+        terms = keep(where, wide(da))
+        if b is not None:
+            terms = wide(b) * terms
+        if db is not None:
+            terms = terms + keep(where, wide(db))
+        return rows.sum(wide(s) * terms)
+
+    s = softmax(a, where, rows, True) if b is None else _shares(a, b, where, rows)
+    da = jnp.zeros_like(a) if isinstance(da, SymbolicZero) else da
+    return (value, sign), (linear(s, b, where, da, db), jnp.zeros_like(sign))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _shares(a: Array, b: Array, where: Array | None, rows: Rows) -> Array:
+    """exp(a_i) / sum_j b_j exp(a_j), the derivative of log-sum-exp with respect to b; 0 in a row
+    that is empty."""
+    d, m = shifted(a, _counted(b, where), rows)
+    total = rows.sum(wide(b) * jnp.exp(d))
+    total = jnp.where(m == jnp.finfo(m.dtype).min, 1, total)
+    e = jnp.exp(jnp.where(b == 0, wide(a) - m, d))
+    return keep(where, e / total).astype(a.dtype)
+
+
+@partial(_shares.defjvp, symbolic_zeros=True)
+def _shares_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
+    """d s_i = s_i (da_i - sum_j s_j (b_j da_j + db_j))."""
+    (a, b, where), (da, db, _) = primals, tangents
+    y = _shares(a, b, where, rows)
+
+    @linear_map
+    def linear(y: Array, b: Array, where: Array | None, da: Array, db: Any) -> Array:
+        s = wide(y)
+        dlog = centred(keep(where, wide(da)), s * wide(b), rows)
+        if db is not None:
+            dlog = dlog - rows.sum(s * keep(where, wide(db)))
+        return keep(where, s * dlog).astype(y.dtype)
+
+    da = jnp.zeros_like(a) if isinstance(da, SymbolicZero) else da
+    return y, linear(y, b, where, da, None if isinstance(db, SymbolicZero) else db)
