@@ -8,6 +8,7 @@ Where no mask is given a row is all arithmetic: XLA:CPU makes one kernel of it, 
 and a comparison among it costs two to three times the time.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,7 +29,15 @@ class Rows(NamedTuple):
     axis_name: str | tuple[str, ...] | None = None
 
     def sum(self, values: Array) -> Array:
-        total = jnp.sum(values, self.axes, keepdims=True)
+        length = math.prod(values.shape[axis] for axis in self.axes)
+        if values.size == length > 4096:
+            # XLA:CPU of jax 0.10 adds the products of one long row in a single accumulator, which
+            # for 70000 equal ones is off by 5500 eps. The barrier keeps the two sums apart.
+            blocks = jnp.pad(values.reshape(-1), (0, -length % 256)).reshape(-1, 256)
+            total = jnp.sum(lax.optimization_barrier(jnp.sum(blocks, 0)))
+            total = total.reshape((1,) * values.ndim)
+        else:
+            total = jnp.sum(values, self.axes, keepdims=True)
         return total if self.axis_name is None else lax.psum(total, self.axis_name)
 
     def max(self, values: Array) -> Array:
@@ -118,6 +127,16 @@ def centred(t: Array, p: Array, rows: Rows) -> Array:
 linear_map = partial(jax.checkpoint, prevent_cse=False)
 
 
+def saved(x: Array, where: Array | None, rows: Rows, empty_is_zero: bool) -> Array:
+    """What a rule keeps of x: the softmax, but x in float16, in which tails would underflow."""
+    return x if x.dtype == jnp.float16 else softmax(x, where, rows, empty_is_zero)
+
+
+def restored(y: Array, where: Array | None, rows: Rows, empty_is_zero: bool) -> Array:
+    """The softmax from what was saved, in the dtype to compute in."""
+    return softmax(wide(y), where, rows, empty_is_zero) if y.dtype == jnp.float16 else wide(y)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def softmax(x: Array, where: Array | None, rows: Rows, empty_is_zero: bool) -> Array:
     """exp(x_i) / sum_j exp(x_j), 0 in a row that is masked throughout.
@@ -136,14 +155,14 @@ def softmax(x: Array, where: Array | None, rows: Rows, empty_is_zero: bool) -> A
 def _softmax_jvp(rows: Rows, empty_is_zero: bool, primals: Any, tangents: Any) -> Any:
     """d s_i = s_i (dx_i - sum_j s_j dx_j)."""
     (x, where), (dx, _) = primals, tangents
-    y = softmax(x, where, rows, empty_is_zero)
 
     @linear_map
     def linear(y: Array, where: Array | None, dx: Array) -> Array:
-        s = wide(y)
-        return (s * centred(keep(where, wide(dx)), s, rows)).astype(y.dtype)
+        s = restored(y, where, rows, empty_is_zero)
+        return (s * centred(keep(where, wide(dx)), s, rows)).astype(x.dtype)
 
-    return y, linear(y, where, dx)
+    y = softmax(x, where, rows, empty_is_zero)
+    return y, linear(x if x.dtype == jnp.float16 else y, where, dx)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -160,79 +179,86 @@ def _log_softmax_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
 
     @linear_map
     def linear(y: Array, where: Array | None, dx: Array) -> Array:
-        return keep(where, centred(keep(where, wide(dx)), wide(y), rows))
+        s = restored(y, where, rows, False)
+        return keep(where, centred(keep(where, wide(dx)), s, rows))
 
-    return log_softmax(x, where, rows), linear(softmax(x, where, rows, False), where, dx)
+    return log_softmax(x, where, rows), linear(saved(x, where, rows, False), where, dx)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def logsumexp(x: Array, where: Array | None, rows: Rows) -> Array:
+    """log sum_i exp(x_i), in the dtype to compute in."""
+    d, m = shifted(x, where, rows)
+    c, t = parts(d, rows)
+    return jnp.where(m == jnp.inf, jnp.inf, jnp.log1p(t + (c - 1)) + m)
+
+
+@logsumexp.defjvp
+def _logsumexp_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
+    """d L = sum_j s_j dx_j."""
+    (x, where), (dx, _) = primals, tangents
+
+    @linear_map
+    def linear(y: Array, where: Array | None, dx: Array) -> Array:
+        return rows.sum(restored(y, where, rows, True) * keep(where, wide(dx)))
+
+    return logsumexp(x, where, rows), linear(saved(x, where, rows, True), where, dx)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def logsumexp(a: Array, b: Array | None, where: Array | None, rows: Rows) -> tuple[Array, Array]:
-    """log|S| and the sign of S = sum_i b_i exp(a_i), in the dtype to compute in."""
+def weighted_logsumexp(a: Array, b: Array, where: Array | None, rows: Rows) -> tuple[Array, Array]:
+    """log|S| and the sign of S = sum_i b_i exp(a_i), for a and b in the dtype to compute in."""
     d, m = shifted(a, _counted(b, where), rows)
-    if b is None:
-        c, t = parts(d, rows)
-        infinite = m == jnp.inf
-        value = jnp.where(infinite, jnp.inf, jnp.log1p(t + (c - 1)) + m)
-        return value, jnp.where(infinite, 1, jnp.sign(c))
-    c, t = parts(d, rows, wide(b))
+    c, t = parts(d, rows, b)
     size, sign = jnp.abs(c + t), jnp.sign(c + t)
     near_one = (size > 0.5) & (size < 2)
     return jnp.where(near_one, jnp.log1p(sign * t + (sign * c - 1)), jnp.log(size)) + m, sign
 
 
-def _counted(b: Array | None, where: Array | None) -> Array | None:
+def _counted(b: Array, where: Array | None) -> Array:
     """The mask without the entries of factor 0: they count for nothing, whatever their exponent."""
-    if b is None:
-        return where
     return b != 0 if where is None else where & (b != 0)
 
 
-@partial(logsumexp.defjvp, symbolic_zeros=True)
-def _logsumexp_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
+@partial(weighted_logsumexp.defjvp, symbolic_zeros=True)
+def _weighted_logsumexp_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     """d log|S| = sum_j s_j (b_j da_j + db_j) with s_j = exp(a_j) / S; the sign is constant."""
     (a, b, where), (da, db, _) = primals, tangents
-    value, sign = logsumexp(a, b, where, rows)
+    value, sign = weighted_logsumexp(a, b, where, rows)
     if isinstance(db, SymbolicZero):  # s_j may overflow where b_j = 0, and is not needed there
         db, where = None, _counted(b, where)
 
     @linear_map
-    def linear(s: Array, b: Array | None, where: Array | None, da: Array, db: Any) -> Array:
-        terms = keep(where, wide(da))
-        if b is not None:
-            terms = wide(b) * terms
-        if db is not None:
-            terms = terms + keep(where, wide(db))
-        return rows.sum(wide(s) * terms)
+    def linear(s: Array, b: Array, where: Array | None, da: Array, db: Array | None) -> Array:
+        terms = b * keep(where, da)
+        return rows.sum(s * (terms if db is None else terms + keep(where, db)))
 
-    s = softmax(a, where, rows, True) if b is None else _shares(a, b, where, rows)
     da = jnp.zeros_like(a) if isinstance(da, SymbolicZero) else da
-    return (value, sign), (linear(s, b, where, da, db), jnp.zeros_like(sign))
+    dvalue = linear(_shares(a, b, where, rows), b, where, da, db)
+    return (value, sign), (dvalue, jnp.zeros_like(sign))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _shares(a: Array, b: Array, where: Array | None, rows: Rows) -> Array:
-    """exp(a_i) / sum_j b_j exp(a_j), the derivative of log-sum-exp with respect to b; 0 in a row
-    that is empty."""
+    """exp(a_i) / sum_j b_j exp(a_j), 0 in a row that is empty."""
     d, m = shifted(a, _counted(b, where), rows)
-    total = rows.sum(wide(b) * jnp.exp(d))
+    total = rows.sum(b * jnp.exp(d))
     total = jnp.where(m == jnp.finfo(m.dtype).min, 1, total)
-    e = jnp.exp(jnp.where(b == 0, wide(a) - m, d))
-    return keep(where, e / total).astype(a.dtype)
+    return keep(where, jnp.exp(jnp.where(b == 0, a - m, d)) / total)
 
 
 @partial(_shares.defjvp, symbolic_zeros=True)
 def _shares_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     """d s_i = s_i (da_i - sum_j s_j (b_j da_j + db_j))."""
     (a, b, where), (da, db, _) = primals, tangents
-    y = _shares(a, b, where, rows)
 
     @linear_map
-    def linear(y: Array, b: Array, where: Array | None, da: Array, db: Any) -> Array:
-        s = wide(y)
-        dlog = centred(keep(where, wide(da)), s * wide(b), rows)
+    def linear(s: Array, b: Array, where: Array | None, da: Array, db: Array | None) -> Array:
+        dlog = centred(keep(where, da), s * b, rows)
         if db is not None:
-            dlog = dlog - rows.sum(s * keep(where, wide(db)))
-        return keep(where, s * dlog).astype(y.dtype)
+            dlog = dlog - rows.sum(s * keep(where, db))
+        return keep(where, s * dlog)
 
     da = jnp.zeros_like(a) if isinstance(da, SymbolicZero) else da
-    return y, linear(y, b, where, da, None if isinstance(db, SymbolicZero) else db)
+    s = _shares(a, b, where, rows)
+    return s, linear(s, b, where, da, None if isinstance(db, SymbolicZero) else db)

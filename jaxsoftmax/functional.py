@@ -24,6 +24,7 @@ from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Shaped
@@ -216,21 +217,28 @@ def logsumexp(
       eq. 1.4.
     """
     a = _checks.real_array("a", a)
+    dtype = a.dtype
     if b is not None:
-        b = _checks.real_array("b", jnp.asarray(b, a.dtype) if isinstance(b, (int, float)) else b)
+        b, given = _checks.real_array("b", b), b
+        # Numbers and integers take the dtype of a.
+        if isinstance(given, (Array, np.ndarray)) and jnp.issubdtype(given.dtype, jnp.floating):
+            dtype = jnp.promote_types(dtype, b.dtype)
+        a, b = (v.astype(compute_dtype(dtype)) for v in (a, b))
         a, b = _checks.broadcast_together("a", a, "b", b)
-        dtype = a.dtype if a.dtype == b.dtype else compute_dtype(a.dtype, b.dtype)
-        a, b = a.astype(dtype), b.astype(dtype)
     rows = Rows(_checks.axis_indices(axis, a.ndim), _checks.axis_names(axis_name))
     mask = _checks.mask_array("where", where, a.shape)
-    if b is not None and mask is not None:
-        b = jnp.where(mask, b, 0)
-    value, sign = _logsumexp(a, b, mask, rows)
-    if b is not None and not return_sign:
-        value = _rows.only_if(sign >= 0, value)
+    if b is None:
+        value = _logsumexp(a, mask, rows)
+        least = jnp.finfo(value.dtype).min
+        sign = jnp.sign(jnp.maximum(value, least) - least) if return_sign else value
+    else:
+        b = b if mask is None else jnp.where(mask, b, 0)
+        value, sign = _weighted_logsumexp(a, b, mask, rows)
+        if not return_sign:
+            value = _rows.only_if(sign >= 0, value)
+    value, sign = value.astype(dtype), sign.astype(dtype)
     if not keepdims:
         value, sign = jnp.squeeze(value, rows.axes), jnp.squeeze(sign, rows.axes)
-    value, sign = value.astype(a.dtype), sign.astype(a.dtype)
     return (value, sign) if return_sign else value
 
 
@@ -428,4 +436,5 @@ def _kl_divergence(z: Array, t: Array, where: Array | None, rows: Rows) -> Array
 # Called outside jit, each is one compiled program, as in jax.nn.
 _softmax = jax.jit(_rows.softmax, static_argnums=(2, 3))
 _log_softmax = jax.jit(_rows.log_softmax, static_argnums=(2,))
-_logsumexp = jax.jit(_rows.logsumexp, static_argnums=(3,))
+_logsumexp = jax.jit(_rows.logsumexp, static_argnums=(2,))
+_weighted_logsumexp = jax.jit(_rows.weighted_logsumexp, static_argnums=(3,))

@@ -167,7 +167,7 @@ def _cross_entropy(
             loss = jnp.where(jnp.expand_dims(ignored, axis), 0, loss)
         if class_weight is not None:
             label = _locate(labels, logits.shape, rows)
-            own_weight = class_weight.astype(dtype)[label.index]
+            own_weight = class_weight.astype(dtype)[label.position]
             share = share * _from_owner(own_weight, label, rows)
         if class_weight is not None or smoothing is not None:
             loss = _product(share, loss)
@@ -175,7 +175,7 @@ def _cross_entropy(
             loss = loss + _expectation(weight * spread, logits, where, rows)
     if z_loss is not None:
         factor = _rows.only_if(z_loss >= 0, z_loss.astype(dtype))
-        log_z, _ = _rows.logsumexp(logits, None, where, rows)
+        log_z = _rows.logsumexp(logits, where, rows)
         loss = loss + factor * jnp.where(log_z == -jnp.inf, 0, log_z) ** 2
     return jnp.squeeze(loss, axis)
 
@@ -209,19 +209,20 @@ def _expectation_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
 
         @_rows.linear_map
         def linear(p: Array, shares: Array, where: Array | None, dlogits: Array) -> Array:
-            dlog = _rows.centred(keep(where, wide(dlogits)), wide(p), rows)
+            p = _rows.restored(p, where, rows, False)
+            dlog = _rows.centred(keep(where, wide(dlogits)), p, rows)
             return -rows.sum(shares * keep(where, dlog))
 
-        p = _rows.softmax(logits, where, rows, False)
+        p = _rows.saved(logits, where, rows, False)
         parts.append(linear(p, shares, where, dlogits))
     return _expectation(shares, logits, where, rows), sum(parts)
 
 
 class _Label(NamedTuple):
-    """Where integer labels stand: the index in this shard, whether it is in this shard, and whether
-    it is in any."""
+    """Where integer labels stand: position in this shard, whether it is here, and whether it is in
+    any shard."""
 
-    index: Array
+    position: Array
     here: Array
     valid: Array
 
@@ -231,14 +232,14 @@ def _locate(labels: Array, shape: tuple[int, ...], rows: Rows) -> _Label:
     if labels.dtype.itemsize < 4:
         labels = labels.astype(jnp.int32)
     labels, count = jnp.expand_dims(labels, axis), shape[axis]
-    first, total = 0, count
-    if rows.axis_name is not None:
-        first = count * lax.axis_index(rows.axis_name)
-        total = count * lax.axis_size(rows.axis_name)
-    valid = (labels >= 0) & (labels < total)
-    index = jnp.where(valid, labels.astype(jnp.int32), 0) - first
-    here = valid & (index >= 0) & (index < count)
-    return _Label(jnp.where(here, index, 0), here, valid)
+    shards = 1 if rows.axis_name is None else lax.axis_size(rows.axis_name)
+    valid = (labels >= 0) & (labels < shards * count)
+    position = jnp.where(valid, labels.astype(jnp.int32), 0)
+    if rows.axis_name is None:
+        return _Label(position, valid, valid)
+    position = position - count * lax.axis_index(rows.axis_name)
+    here = valid & (position >= 0) & (position < count)
+    return _Label(jnp.where(here, position, 0), here, valid)
 
 
 def _from_owner(value: Array, label: _Label, rows: Rows) -> Array:
@@ -251,9 +252,11 @@ def _from_owner(value: Array, label: _Label, rows: Rows) -> Array:
 def _own(logits: Array, m: Array, where: Array | None, label: _Label, rows: Rows) -> Array:
     """z_c - m, -inf for a masked label."""
     (axis,) = rows.axes
-    own = jnp.minimum(wide(jnp.take_along_axis(logits, label.index, axis)), m) - m  # as in shifted
+    own = (
+        jnp.minimum(wide(jnp.take_along_axis(logits, label.position, axis)), m) - m
+    )  # as in shifted
     if where is not None:
-        allowed = jnp.take_along_axis(jnp.broadcast_to(where, logits.shape), label.index, axis)
+        allowed = jnp.take_along_axis(jnp.broadcast_to(where, logits.shape), label.position, axis)
         own = jnp.where(allowed, own, -jnp.inf)
     return _from_owner(own, label, rows)
 
@@ -278,20 +281,25 @@ def _residuals(logits: Array, labels: Array, where: Array | None, rows: Rows) ->
     p = jnp.exp(d) / total
     own = -(t + (c - jnp.exp(_own(logits, m, where, label, rows)))) / total
     if rows.axis_name is not None:
-        own = jnp.where(label.here, own, jnp.take_along_axis(p, label.index, axis))
-    return jnp.put_along_axis(p, label.index, own, axis, inplace=False).astype(logits.dtype)
+        own = jnp.where(label.here, own, jnp.take_along_axis(p, label.position, axis))
+    return jnp.put_along_axis(p, label.position, own, axis, inplace=False).astype(logits.dtype)
 
 
 @_integer_cross_entropy.defjvp
 def _integer_cross_entropy_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     """d l = sum_k (p - e_c)_k dz_k."""
     (logits, labels, where), (dlogits, _, _) = primals, tangents
+    recomputed = logits.dtype == jnp.float16  # as in _rows.saved
 
     @_rows.linear_map
-    def linear(r: Array, where: Array | None, dlogits: Array) -> Array:
-        return rows.sum(wide(r) * keep(where, wide(dlogits)))
+    def linear(r: Array, labels: Any, where: Array | None, dlogits: Array) -> Array:
+        r = _residuals(wide(r), labels, where, rows) if recomputed else wide(r)
+        return rows.sum(r * keep(where, wide(dlogits)))
 
-    dloss = linear(_residuals(logits, labels, where, rows), where, dlogits)
+    if recomputed:
+        dloss = linear(logits, labels, where, dlogits)
+    else:
+        dloss = linear(_residuals(logits, labels, where, rows), None, where, dlogits)
     return _integer_cross_entropy(logits, labels, where, rows), dloss
 
 

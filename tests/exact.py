@@ -26,9 +26,10 @@ class Exact(NamedTuple):
 
 
 class Row:
-    """One row of logits with what its references are made of; masked entries have weight 0."""
+    """One row of logits with what its references are made of; a masked entry has no derivative."""
 
     def __init__(self, x: NDArray[Any], allowed: NDArray[Any]) -> None:
+        self.allowed = allowed
         x = np.where(allowed, x, -np.inf)
         largest = int(np.argmax(x))
         self.maximum = mpmath.mpf(float(x[largest]))
@@ -63,7 +64,8 @@ def softmax_product(row: Row, v: Any) -> tuple[Any, Any]:
 
 def log_softmax_jvp(row: Row, v: Any) -> tuple[Any, Any]:
     size = row.p * abs(v)
-    return v - np.dot(row.p, v), row.others * abs(v) + (size.sum() - size)
+    value, scale = v - np.dot(row.p, v), row.others * abs(v) + (size.sum() - size)
+    return np.where(row.allowed, value, 0), np.where(row.allowed, scale, 0)
 
 
 def log_softmax_vjp(row: Row, v: Any) -> tuple[Any, Any]:
@@ -100,13 +102,15 @@ def make_rows(x: NDArray[Any], where: NDArray[Any] | None = None) -> list[Row]:
 
 
 def units(result: Any, exact: Exact, info: Any) -> NDArray[Any]:
-    """Error in units of the dtype's eps times the scale, 0 where the scale is below its numbers.
+    """Error in units of the dtype's eps times the scale; NaN or a wrong infinity is infinitely off.
 
-    `info` is `jnp.finfo` of the dtype. NaN, and a wrong infinity, is an infinite error.
+    `info` is `jnp.finfo` of the dtype. An error below its smallest number does not count, for which
+    XLA takes the smallest normal one in float32 and float64: it flushes the rest to zero.
     """
     result = np.asarray(result).astype(np.float64)
+    smallest = float(info.tiny if info.bits >= 32 else info.smallest_subnormal)
     with np.errstate(invalid="ignore", divide="ignore"):
-        error = np.abs((result - exact.high) - exact.low) / (float(info.eps) * exact.scale)
-    error = np.where(np.isnan(error), np.inf, error)
-    exempt = (result == exact.high) | (np.isfinite(result) & (exact.scale < float(info.tiny)))
-    return np.where(exempt, 0.0, error)
+        error = np.maximum(np.abs((result - exact.high) - exact.low) - smallest, 0)
+        off = error / (float(info.eps) * exact.scale)
+    off = np.where(error == 0, 0, np.where(np.isnan(off), np.inf, off))
+    return np.where((result == exact.high) & np.isinf(result), 0, off)
