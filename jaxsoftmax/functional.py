@@ -73,7 +73,7 @@ def softmax(
       >>> from jaxsoftmax import softmax
       >>> softmax(jnp.log(jnp.array([1.0, 2.0, 5.0]))).round(3)
       Array([0.125, 0.25 , 0.625], dtype=float32)
-      >>> softmax(jnp.array([1.0, 1.0, jnp.nan]), where=jnp.array([True, True, False]))
+      >>> softmax(jnp.array([1.0, 1.0, jnp.inf]), where=jnp.array([True, True, False]))
       Array([0.5, 0.5, 0. ], dtype=float32)
       >>> softmax(jnp.array([0.0, 1.0, 1.0]), temperature=0)
       Array([0. , 0.5, 0.5], dtype=float32)

@@ -142,7 +142,7 @@ def _logits(params: Params, problem: Problem) -> Array:
 def _mean_loss(logits: Array, problem: Problem) -> Array:
     losses = cross_entropy(logits, problem.labels, where=problem.classes)
     # An example of share 0 is dropped, be its loss finite or not.
-    return jnp.sum(jnp.where(problem.share == 0, 0, problem.share * losses))
+    return jnp.sum(problem.share * jnp.where(problem.share == 0, 0, losses))
 
 
 def centred(params: Params, classes: Bool[Array, " classes"]) -> Params:

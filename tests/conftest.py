@@ -1,4 +1,4 @@
-"""Strict dtype promotion for the whole suite; warnings are errors (pyproject.toml)."""
+"""Strict dtype promotion and `jax_debug_nans` for the whole suite; warnings are errors."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +9,7 @@ import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_debug_nans", True)
 # Most of the suite's time is compilation: what one worker or run has compiled serves the others.
 jax.config.update(
     "jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache/jax")
@@ -16,6 +17,13 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture
+def no_debug_nans() -> Iterator[None]:
+    """For tests in which NaN is the right answer, or stands behind a mask."""
+    with jax.debug_nans(False):
+        yield
 
 
 @pytest.fixture

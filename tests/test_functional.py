@@ -245,6 +245,7 @@ def test_factors_signs_and_kept_axes_equal_scipy() -> None:
                 np.testing.assert_allclose(got, want, 100 * eps(WIDE), 100 * eps(WIDE))
 
 
+@pytest.mark.usefixtures("no_debug_nans")
 def test_known_sums_with_factors() -> None:
     b = jnp.array([2.0, 0.0, 5.0])
     zeros = jnp.zeros(3)

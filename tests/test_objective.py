@@ -55,6 +55,7 @@ def test_derivatives_equal_finite_differences() -> None:
 
 
 @pytest.mark.single
+@pytest.mark.usefixtures("no_debug_nans")
 def test_probability_labels_that_are_none_make_the_objective_nan() -> None:
     features, l2 = jnp.ones((2, WIDTH), WIDE), jnp.asarray(L2, WIDE)
     for row in ([0.5, 0.5, 0.5], [1.5, -0.5, 0.0]):

@@ -232,6 +232,7 @@ def test_how_a_fit_ends() -> None:
 
 @pytest.mark.single
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.usefixtures("no_debug_nans")
 def test_a_feature_that_is_not_finite_diverges_to_nan(bad: float) -> None:
     features, labels = data()
     result = small_fit(features.at[3, 1].set(bad), labels)

@@ -85,6 +85,7 @@ def test_a_batch_without_some_class_still_trains_that_class() -> None:
     assert (state.params.bias[1:] < 0).all()
 
 
+@pytest.mark.usefixtures("no_debug_nans")
 def test_a_step_is_compiled_once_and_reuses_the_memory_of_the_state() -> None:
     features, labels = data()
     optimizer = optax.adam(0.1)
@@ -184,6 +185,7 @@ def test_evaluation_counts_loss_and_hits() -> None:
     np.testing.assert_allclose(metrics.accuracy, 2 / 3, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("no_debug_nans")
 def test_a_bad_value_inside_a_step_gives_nan() -> None:
     features, labels = data()
     optimizer = optax.sgd(0.1)
