@@ -20,10 +20,18 @@ hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture
+def fresh_programs() -> None:
+    """So that `jax_debug_nans` sees every call: JAX forgets it for a program that a gradient, or a
+    call with the check off, has gone through before."""
+    jax.clear_caches()
+
+
+@pytest.fixture
 def no_debug_nans() -> Iterator[None]:
-    """For tests in which NaN is the right answer, or stands behind a mask."""
-    with jax.debug_nans(False):
-        yield
+    """For tests in which NaN is the right answer."""
+    jax.config.update("jax_debug_nans", False)
+    yield
+    jax.config.update("jax_debug_nans", True)
 
 
 @pytest.fixture

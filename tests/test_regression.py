@@ -427,7 +427,7 @@ def test_scan_over_penalties_with_warm_starts() -> None:
         ({"max_iter": 1.5}, TypeError, "max_iter must be an integer, got 1.5"),
     ],
 )
-@pytest.mark.usefixtures("no_jaxtyping")
+@pytest.mark.usefixtures("no_jaxtyping", "no_debug_nans")
 def test_bad_arguments_are_named(
     kwargs: dict[str, Any], error: type[Exception], message: str
 ) -> None:
