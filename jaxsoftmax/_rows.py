@@ -222,43 +222,66 @@ def _counted(b: Array, where: Array | None) -> Array:
 
 @partial(weighted_logsumexp.defjvp, symbolic_zeros=True)
 def _weighted_logsumexp_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
-    """d log|S| = sum_j s_j (b_j da_j + db_j) with s_j = exp(a_j) / S; the sign is constant."""
+    """d log|S| = sum_j (q_j da_j + s_j db_j) with s_j = exp(a_j) / S and q_j = b_j s_j; the sign is
+    constant.
+
+    q is apart from s: where b_j = 0 it is 0, and s_j may overflow.
+    """
     (a, b, where), (da, db, _) = primals, tangents
     value, sign = weighted_logsumexp(a, b, where, rows)
-    if isinstance(db, SymbolicZero):  # s_j may overflow where b_j = 0, and is not needed there
-        db, where = None, _counted(b, where)
-
-    @linear_map
-    def linear(s: Array, b: Array, where: Array | None, da: Array, db: Array | None) -> Array:
-        terms = b * keep(where, da)
-        return rows.sum(s * (terms if db is None else terms + keep(where, db)))
-
-    da = jnp.zeros_like(a) if isinstance(da, SymbolicZero) else da
-    dvalue = linear(_shares(a, b, where, rows), b, where, da, db)
+    dvalue = jnp.zeros_like(value)
+    for dv, share in ((da, _weighted_shares), (db, _shares)):
+        if not isinstance(dv, SymbolicZero):
+            dvalue = dvalue + rows.sum(share(a, b, where, rows) * keep(where, dv))
     return (value, sign), (dvalue, jnp.zeros_like(sign))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _weighted_shares(a: Array, b: Array, where: Array | None, rows: Rows) -> Array:
+    """q_i = b_i exp(a_i) / sum_j b_j exp(a_j), 0 in a row that is empty."""
+    d, total = _weighted_total(a, b, where, rows)[:2]
+    return b * jnp.exp(d) / total
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _shares(a: Array, b: Array, where: Array | None, rows: Rows) -> Array:
-    """exp(a_i) / sum_j b_j exp(a_j), 0 in a row that is empty."""
+    """s_i = exp(a_i) / sum_j b_j exp(a_j), 0 in a row that is empty."""
+    d, total, m = _weighted_total(a, b, where, rows)
+    return keep(where, jnp.exp(jnp.where(b == 0, a - m, d)) / total)
+
+
+def _weighted_total(
+    a: Array, b: Array, where: Array | None, rows: Rows
+) -> tuple[Array, Array, Array]:
+    """a - m, -inf where b = 0, the sum of b exp(a - m), 1 if there is nothing to sum, and m."""
     d, m = shifted(a, _counted(b, where), rows)
     total = rows.sum(b * jnp.exp(d))
-    total = jnp.where(m == jnp.finfo(m.dtype).min, 1, total)
-    return keep(where, jnp.exp(jnp.where(b == 0, a - m, d)) / total)
+    return d, jnp.where(m == jnp.finfo(m.dtype).min, 1, total), m
+
+
+@partial(_weighted_shares.defjvp, symbolic_zeros=True)
+def _weighted_shares_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
+    """d q_i = q_i (da_i - sum_j (q_j da_j + s_j db_j)) + s_i db_i."""
+    (a, b, where), (da, db, _) = primals, tangents
+    q = _weighted_shares(a, b, where, rows)
+    dq = jnp.zeros_like(q)
+    if not isinstance(da, SymbolicZero):
+        dq = dq + q * centred(keep(where, da), q, rows)
+    if not isinstance(db, SymbolicZero):
+        terms = _shares(a, b, where, rows) * keep(where, db)
+        dq = dq + terms - q * rows.sum(terms)
+    return q, dq
 
 
 @partial(_shares.defjvp, symbolic_zeros=True)
 def _shares_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
-    """d s_i = s_i (da_i - sum_j s_j (b_j da_j + db_j))."""
+    """d s_i = s_i (da_i - sum_j (q_j da_j + s_j db_j))."""
     (a, b, where), (da, db, _) = primals, tangents
-
-    @linear_map
-    def linear(s: Array, b: Array, where: Array | None, da: Array, db: Array | None) -> Array:
-        dlog = centred(keep(where, da), s * b, rows)
-        if db is not None:
-            dlog = dlog - rows.sum(s * keep(where, db))
-        return keep(where, s * dlog)
-
-    da = jnp.zeros_like(a) if isinstance(da, SymbolicZero) else da
     s = _shares(a, b, where, rows)
-    return s, linear(s, b, where, da, None if isinstance(db, SymbolicZero) else db)
+    ds = jnp.zeros_like(s)
+    if not isinstance(da, SymbolicZero):
+        q = _weighted_shares(a, b, where, rows)
+        ds = ds + s * centred(keep(where, da), q, rows)
+    if not isinstance(db, SymbolicZero):
+        ds = ds - s * rows.sum(s * keep(where, db))
+    return s, keep(where, ds)

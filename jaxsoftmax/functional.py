@@ -20,7 +20,7 @@ Conventions, the same in the whole module:
 """
 
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -222,7 +222,7 @@ def logsumexp(
         b, given = _checks.real_array("b", b), b
         # Numbers and integers take the dtype of a.
         if isinstance(given, (Array, np.ndarray)) and jnp.issubdtype(given.dtype, jnp.floating):
-            dtype = jnp.promote_types(dtype, b.dtype)
+            dtype = dtype if dtype == b.dtype else compute_dtype(dtype, b.dtype)
         a, b = (v.astype(compute_dtype(dtype)) for v in (a, b))
         a, b = _checks.broadcast_together("a", a, "b", b)
     rows = Rows(_checks.axis_indices(axis, a.ndim), _checks.axis_names(axis_name))
@@ -410,9 +410,22 @@ def _tempered(x: Array, temperature: Array, where: Array | None, rows: Rows) -> 
     t = jnp.where(cold, 1, t)
     steep = ~jnp.isfinite(d / t / t)
     fixed = lax.stop_gradient(jnp.where(d == -jnp.inf, d, d / t))
-    warm = jnp.where(steep, fixed, jnp.where(steep, 0, d) / t)
+    warm = jnp.where(steep, fixed, _divide(jnp.where(steep, 0, d), t))
     # x >= m rather than d == 0: inside a larger jit d may come from a fused multiply-add.
     return jnp.where(cold, jnp.where(x >= m, 0 * d, -jnp.inf), warm)
+
+
+@jax.custom_jvp
+def _divide(d: Array, t: Array) -> Array:
+    """d / t, whose derivative does not square a t that would then underflow."""
+    return d / t
+
+
+@_divide.defjvp
+def _divide_jvp(primals: Any, tangents: Any) -> Any:
+    (d, t), (dd, dt) = primals, tangents
+    u = _divide(d, t)
+    return u, dd / t - _divide(u, t) * dt
 
 
 @partial(jax.jit, static_argnums=2)

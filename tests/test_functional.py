@@ -145,17 +145,28 @@ def test_infinite_and_nan_entries(
 
 
 @pytest.mark.single
-def test_a_scaled_input_inside_jit_stays_finite_and_equals_eager() -> None:
-    def scaled(x: jax.Array) -> jax.Array:
-        return softmax(x * c)
+@pytest.mark.parametrize("c", [1 / 3, 0.1, np.pi])
+def test_scaled_inputs_inside_jit_stay_finite_and_equal_eager_ones(c: float) -> None:
+    factor = np.float32(c)
 
-    c = np.float32(1 / 3)
-    rows = np.random.default_rng(0).normal(size=(1000, 4)).astype(np.float32) * 1e11
+    def scaled(x: jax.Array) -> tuple[jax.Array, ...]:
+        z = x * factor
+        return softmax(z), log_softmax(z), logsumexp(z, -1)
+
+    random = np.random.default_rng(0)
+    magnitudes = 10.0 ** random.uniform(-30, 30, size=(10000, 1))
+    rows = (magnitudes * random.normal(size=(10000, 4))).astype(np.float32)
     rows[0] = [3e10, 1e10, 0, 0]
-    jitted = jax.jit(scaled)(rows)
-    assert jnp.isfinite(jitted).all()
-    np.testing.assert_allclose(jitted.sum(-1), 1, rtol=4 * eps(jnp.float32))
-    np.testing.assert_array_equal(jitted.argmax(-1), scaled(jnp.asarray(rows)).argmax(-1))
+    p, log_p, total = jax.jit(scaled)(rows)
+    assert jnp.isfinite(p).all()
+    assert jnp.isfinite(log_p).all()
+    assert jnp.isfinite(total).all()
+    np.testing.assert_allclose(p.sum(-1), 1, rtol=4 * eps(jnp.float32))
+    # The jitted product may be rounded or not, which moves z by half an eps of itself.
+    moved = np.abs(rows).max(-1, keepdims=True) * c * eps(jnp.float32) + 16 * eps(jnp.float32)
+    for jitted, eager in zip((p, log_p), scaled(jnp.asarray(rows))[:2], strict=True):
+        assert (np.abs(np.asarray(jitted) - np.asarray(eager)) <= moved).all()
+    np.testing.assert_allclose(total, scaled(jnp.asarray(rows))[2], 4 * eps(jnp.float32), 1e-6)
 
 
 @pytest.mark.single
@@ -260,8 +271,7 @@ def test_known_sums_with_factors() -> None:
     np.testing.assert_allclose(value, np.log(7), 4 * eps(WIDE))
     assert sign == -1
     assert jnp.isnan(logsumexp(zeros, b=-b))
-    # An entry of factor 0 is as good as masked.
-    np.testing.assert_array_equal(jax.grad(logsumexp)(zeros, b=-b), [nan, 0, nan])
+    assert jnp.isnan(jax.grad(logsumexp)(zeros, b=-b)).all()
     assert logsumexp(jnp.array([1000.0, 1.0]), b=jnp.array([0, 1])) == 1
     value, sign = logsumexp(zeros[:2], b=jnp.array([1, -1]), return_sign=True)
     assert value == -inf
@@ -280,6 +290,122 @@ def test_a_masked_factor_counts_for_nothing() -> None:
     for gradient in jax.grad(f, (0, 1))(a, b):
         assert jnp.isfinite(gradient).all()
         assert gradient[2] == 0
+
+
+def test_an_exponent_of_factor_zero_may_overflow() -> None:
+    a, b = jnp.array([0.0, 1e6, -inf]), jnp.array([1.0, 0.0, 0.0])
+    for f in (logsumexp, lambda a, b: logsumexp(a, b=b, return_sign=True)[0]):
+        assert f(a, b=b) == 0
+    np.testing.assert_array_equal(jax.grad(lambda a: logsumexp(a, b=b))(a), [1, 0, 0])
+    np.testing.assert_array_equal(jax.hessian(lambda a: logsumexp(a, b=b))(a), np.zeros((3, 3)))
+    a = jnp.array([0.0, 3.0])
+    gradient = jax.grad(lambda a, b: logsumexp(a, b=b), (0, 1))(a, b[:2])
+    np.testing.assert_allclose(gradient, [[1, 0], [1, np.exp(3)]], 4 * eps(WIDE))
+    mixed = jax.jacobian(jax.grad(lambda a, b: logsumexp(a, b=b)), 1)(a, b[:2])
+    np.testing.assert_allclose(mixed, np.exp(3) * np.array([[0, -1], [0, 1]]), 4 * eps(WIDE))
+
+
+def test_factors_broadcast_with_the_exponents() -> None:
+    a, b = normal(4), jnp.abs(normal(3, 1))
+    for axis in (0, -1, None):
+        expected = scipy.special.logsumexp(np.asarray(a), axis, np.asarray(b))
+        np.testing.assert_allclose(logsumexp(a, axis, b), expected, 20 * eps(WIDE), 4 * eps(WIDE))
+
+
+@pytest.mark.single
+def test_integer_factors_leave_the_dtype_of_the_exponents() -> None:
+    a = jnp.zeros(2, jnp.bfloat16)
+    for b in (3, 3.0, jnp.array([257, 257])):
+        assert logsumexp(a, b=b).dtype == jnp.bfloat16
+    assert logsumexp(a, b=jnp.array([257, 257])) == jnp.log(jnp.array(514.0)).astype(jnp.bfloat16)
+    assert logsumexp(a, b=np.ones(2, np.float32)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_weighted_sum_near_one_keeps_its_digits(sign: int) -> None:
+    a, b = jnp.array([0.0, -30.0], WIDE), jnp.array([1.0, -2.0], WIDE)
+    value, s = logsumexp(a, b=sign * b, return_sign=True)
+    np.testing.assert_allclose(value, np.log1p(-2 * np.exp(-30.0)), 4 * eps(WIDE))
+    assert s == sign
+
+
+# Temperature
+
+WARM = jnp.array([[0.5], [3.0]], WIDE)
+
+
+@pytest.mark.parametrize("f", [softmax, log_softmax], ids=["softmax", "log_softmax"])
+def test_a_temperature_divides_the_logits(f: Callable[..., Any]) -> None:
+    x = normal(2, 4)
+    close = partial(np.testing.assert_allclose, rtol=20 * eps(WIDE), atol=4 * eps(WIDE))
+    close(f(x, temperature=WARM), f(x / WARM))
+    close(f(x, 0, temperature=2), f(x / 2, 0))
+    where = jnp.array([True, False, True, True])
+    close(f(x, where=where, temperature=WARM), f(x / WARM, where=where))
+
+    def finite(x: jax.Array, t: jax.Array) -> jax.Array:
+        y = f(x, where=where, temperature=t)
+        return jnp.where(jnp.isfinite(y), y, 0)
+
+    check_grads(jax.jit(finite), (x, WARM), order=2)
+
+
+@pytest.mark.parametrize("f", [softmax, log_softmax], ids=["softmax", "log_softmax"])
+def test_temperature_zero_is_the_limit_with_derivative_zero(f: Callable[..., Any]) -> None:
+    x = jnp.array([[1.0, 3.0, 3.0, -inf], [0.0, -1.0, 2.0, inf]])
+    where = jnp.array([True, True, True, False])
+    expected = np.array([[0, 0.5, 0.5, 0], [0, 0, 1, 0]])
+    with np.errstate(divide="ignore"):
+        expected = expected if f is softmax else np.log(expected)
+
+    def finite(x: jax.Array, t: jax.Array) -> jax.Array:
+        y = f(x, where=where, temperature=t)
+        return jnp.where(jnp.isfinite(y), y, 0)
+
+    cold = jnp.array([[0.0], [float(jnp.finfo(WIDE).smallest_subnormal)]], WIDE)
+    np.testing.assert_allclose(f(x, where=where, temperature=0), expected, 4 * eps(WIDE))
+    np.testing.assert_allclose(f(x, where=where, temperature=cold), expected, 4 * eps(WIDE))
+    for jacobian in jax.jacobian(finite, (0, 1))(x, cold):
+        assert not jacobian.any()
+
+
+@pytest.mark.parametrize("t", [1e-30, 1e-12, 1e12, 1e30, inf])
+@pytest.mark.parametrize("f", [softmax, log_softmax], ids=["softmax", "log_softmax"])
+def test_extreme_temperatures_give_no_nan(f: Callable[..., Any], t: float) -> None:
+    x = jnp.array([0.0, 1e10, -1e20, -inf])
+    where = jnp.array([True, True, True, True])
+
+    def total(x: jax.Array, t: jax.Array) -> jax.Array:
+        return jnp.sum(f(x, where=where, temperature=t)[:2])
+
+    for g in (jax.value_and_grad(total, (0, 1)), jax.jit(jax.value_and_grad(total, (0, 1)))):
+        assert not any(jnp.isnan(leaf).any() for leaf in jax.tree.leaves(g(x, jnp.array(t))))
+
+
+@pytest.mark.usefixtures("no_debug_nans")
+def test_a_traced_negative_temperature_is_nan() -> None:
+    assert jnp.isnan(jax.jit(lambda t: softmax(jnp.zeros(2), temperature=t))(-1.0)).all()
+    assert jnp.isnan(jax.jit(lambda t: log_softmax(jnp.zeros(2), temperature=t))(nan)).all()
+
+
+@pytest.mark.single
+def test_a_temperature_leaves_the_dtype_of_the_logits() -> None:
+    x = normal(2, 4).astype(jnp.bfloat16)
+    for f in (softmax, log_softmax, softmax_jacobian):
+        warm = f(x, temperature=WARM)
+        assert warm.dtype == jnp.bfloat16
+        wide = f(x.astype(jnp.float32), temperature=WARM).astype(jnp.bfloat16)
+        np.testing.assert_array_equal(warm, wide)
+
+
+def test_the_jacobian_at_a_temperature() -> None:
+    x = normal(2, 3, 4)
+    t = jnp.array([0.5, 3.0, 0.0], WIDE)[:, None]
+    by_rows = jax.vmap(jax.vmap(jax.jacfwd(lambda x, t: softmax(x, temperature=t))), (0, None))
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=4 * eps(WIDE))
+    close(softmax_jacobian(x, temperature=t), by_rows(x, t[:, 0]))
+    moved = softmax_jacobian(jnp.moveaxis(x, -1, 0), 0, temperature=t[:, 0])
+    close(moved, by_rows(x, t[:, 0]))
 
 
 # Derivatives
