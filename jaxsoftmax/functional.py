@@ -222,7 +222,7 @@ def logsumexp(
         b, given = _checks.real_array("b", b), b
         # Numbers and integers take the dtype of a.
         if isinstance(given, (Array, np.ndarray)) and jnp.issubdtype(given.dtype, jnp.floating):
-            dtype = dtype if dtype == b.dtype else compute_dtype(dtype, b.dtype)
+            dtype = dtype if dtype == b.dtype else jnp.dtype(compute_dtype(dtype, b.dtype))
         a, b = (v.astype(compute_dtype(dtype)) for v in (a, b))
         a, b = _checks.broadcast_together("a", a, "b", b)
     rows = Rows(_checks.axis_indices(axis, a.ndim), _checks.axis_names(axis_name))
@@ -408,24 +408,28 @@ def _tempered(x: Array, temperature: Array, where: Array | None, rows: Rows) -> 
     d = x - m
     cold = t < info.tiny
     t = jnp.where(cold, 1, t)
-    steep = ~jnp.isfinite(d / t / t)
+    steep = ~jnp.isfinite(d * (1 / t) * (1 / t))
     fixed = lax.stop_gradient(jnp.where(d == -jnp.inf, d, d / t))
     warm = jnp.where(steep, fixed, _divide(jnp.where(steep, 0, d), t))
-    # x >= m rather than d == 0: inside a larger jit d may come from a fused multiply-add.
-    return jnp.where(cold, jnp.where(x >= m, 0 * d, -jnp.inf), warm)
+    # x >= m rather than d == 0: inside a larger jit d may come from a fused multiply-add. m - m is
+    # NaN for a row with +inf.
+    return jnp.where(cold, jnp.where(x >= m, m - m, -jnp.inf), warm)
 
 
 @jax.custom_jvp
 def _divide(d: Array, t: Array) -> Array:
-    """d / t, whose derivative does not square a t that would then underflow."""
+    """d / t, with a derivative that has no t**2, which may underflow.
+
+    XLA would make one of d / t / t too.
+    """
     return d / t
 
 
 @_divide.defjvp
 def _divide_jvp(primals: Any, tangents: Any) -> Any:
     (d, t), (dd, dt) = primals, tangents
-    u = _divide(d, t)
-    return u, dd / t - _divide(u, t) * dt
+    u, inverse = _divide(d, t), 1 / t
+    return u, dd * inverse - u * inverse * dt
 
 
 @partial(jax.jit, static_argnums=2)

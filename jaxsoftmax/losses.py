@@ -135,7 +135,7 @@ def _cross_entropy(
     rows: Rows,
 ) -> Array:
     """The loss of the formula above, on checked arrays."""
-    (axis,) = rows.axes
+    (axis,), axis_name = rows
     probabilities = jnp.issubdtype(labels.dtype, jnp.floating)
     dtype = compute_dtype(logits.dtype, *([labels.dtype] if probabilities else []))
     if dtype != compute_dtype(logits.dtype):
@@ -155,9 +155,10 @@ def _cross_entropy(
     spread: Any = 0.0
     if smoothing is not None:
         smoothing = _rows.only_if((smoothing >= 0) & (smoothing <= 1), smoothing.astype(dtype))
-        allowed = jnp.broadcast_to(True if where is None else where, logits.shape)
-        n = rows.sum(allowed.astype(dtype))
-        share, spread = 1 - smoothing, jnp.where(allowed, smoothing / jnp.maximum(n, 1), 0)
+        n: Any = logits.shape[axis] * (lax.axis_size(axis_name) if axis_name else 1)
+        if where is not None:
+            n = rows.sum(jnp.broadcast_to(where, logits.shape).astype(dtype))
+        share, spread = 1 - smoothing, keep(where, smoothing / jnp.maximum(n, 1))
 
     if probabilities:
         loss = _expectation(weight * (share * labels.astype(dtype) + spread), logits, where, rows)

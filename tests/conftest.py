@@ -10,6 +10,7 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_nans", True)
+jax.config.update("jax_num_cpu_devices", 8)  # for tests/test_sharding.py
 # Most of the suite's time is compilation: what one worker or run has compiled serves the others.
 jax.config.update(
     "jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache/jax")
@@ -32,6 +33,9 @@ def no_debug_nans() -> Iterator[None]:
     jax.config.update("jax_debug_nans", False)
     yield
     jax.config.update("jax_debug_nans", True)
+
+
+jax.config.update("jax_num_cpu_devices", 8)  # for tests/test_sharding.py
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Cross-entropy with integer and probability labels."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -221,6 +222,241 @@ def test_one_residual_in_the_dtype_of_the_logits() -> None:
         assert [part.shape for part in rest] == ([labels.shape] if dtype == jnp.float16 else [])
 
 
+# Options
+
+WHERE = np.array([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 0, 1]], bool)
+WEIGHT = np.array([0.5, 2.0, 1.0, 0.0, 1.5])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mask": {"where": WHERE},
+    "smoothing": {"label_smoothing": 0.3},
+    "all of the label smoothed": {"label_smoothing": 1.0},
+    "weights": {"class_weight": jnp.asarray(WEIGHT, WIDE)},
+    "z-loss": {"z_loss": 0.1},
+    "all": {
+        "where": WHERE,
+        "label_smoothing": 0.3,
+        "class_weight": jnp.asarray(WEIGHT, WIDE),
+        "z_loss": 0.1,
+    },
+}
+over_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def defined(
+    z: jax.Array,
+    y: jax.Array,
+    where: Any = True,
+    label_smoothing: float = 0.0,
+    class_weight: Any = 1.0,
+    z_loss: float = 0.0,
+) -> jax.Array:
+    """The formula of the docstring, written out."""
+    allowed = jnp.broadcast_to(jnp.asarray(where), z.shape)
+    n = allowed.sum(-1, keepdims=True).astype(z.dtype)
+    y = jnp.where(allowed, (1 - label_smoothing) * y + label_smoothing / n, 0)
+    log_z = jnp.log(jnp.sum(jnp.where(allowed, jnp.exp(z), 0), -1, keepdims=True))
+    return jnp.sum(class_weight * y * (log_z - z), -1) + z_loss * log_z[..., 0] ** 2
+
+
+@over_options
+def test_options_follow_the_formula(options: dict[str, Any]) -> None:
+    z, classes = logits(3, 5), jnp.array([1, 4, 2])
+    one_hot = jax.nn.one_hot(classes, 5, dtype=WIDE)
+    y = jnp.where(options.get("where", True), probabilities(3, 5), 0)
+    v = jnp.cos(z)
+
+    @partial(jax.jit, static_argnums=0)
+    def all_of(f: Any, labels: Any) -> Any:
+        def loss(z: jax.Array) -> jax.Array:
+            return f(z, labels, **options)
+
+        def total(z: jax.Array) -> jax.Array:
+            return jnp.sum(loss(z) ** 2)
+
+        forward = jax.jvp(loss, (z,), (v,))
+        return *forward, jax.grad(total)(z), jax.hessian(total)(z)
+
+    for labels, reference in ((classes, one_hot), (y, y)):
+        for ours, theirs in zip(
+            all_of(cross_entropy, labels), all_of(defined, reference), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, 200 * eps(WIDE), 200 * eps(WIDE))
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("axis", [0, 1])
+def test_options_follow_the_axis(axis: int) -> None:
+    z, y = logits(3, 4, 5), probabilities(3, 4, 5)
+    where = jnp.broadcast_to(WHERE[:, None], z.shape)
+    moved = [jnp.moveaxis(part, -1, axis) for part in (z, y, where)]
+    options: dict[str, Any] = {**OPTIONS["all"], "ignore_label": 3}
+    for labels, moved_labels in ((y.argmax(-1), y.argmax(-1)), (y, moved[1])):
+        chosen = options if labels.ndim == 2 else OPTIONS["all"]
+        ours = cross_entropy(moved[0], moved_labels, axis=axis, **{**chosen, "where": moved[2]})
+        close(ours, cross_entropy(z, labels, **{**chosen, "where": where}))
+
+
+def test_smoothing_goes_to_the_allowed_classes() -> None:
+    z, where = jnp.array([1.0, 2.0, 3.0]), jnp.array([True, True, False])
+    smoothed = jnp.array([0.85, 0.15, 0])
+    loss = cross_entropy(z, 0, where=where, label_smoothing=0.3)
+    close(loss, cross_entropy(z, smoothed, where=where))
+    assert cross_entropy(z, 2, where=where, label_smoothing=0.3) == inf
+    # Smoothing takes some of the label to a class that cannot be.
+    assert cross_entropy(jnp.array([0.0, -inf]), 0, label_smoothing=0.1) == inf
+
+
+def test_an_integer_label_is_smoothed_as_its_one_hot_row() -> None:
+    z, labels = logits(4, 7), np.arange(4)
+    smoothed = optax.smooth_labels(jax.nn.one_hot(labels, 7, dtype=WIDE), 0.3)
+    loss = cross_entropy(z, labels, label_smoothing=0.3)
+    close(loss, optax.losses.softmax_cross_entropy(z, smoothed))
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.3}], ids=["plain", "smoothing"])
+def test_no_array_of_the_size_of_the_logits_is_made_from_integer_labels(
+    options: dict[str, Any],
+) -> None:
+    """A one-hot row is made by comparing the labels with integers for the classes."""
+    labels = np.arange(4)
+    trace: Any = jax.make_jaxpr(jax.grad(lambda z: cross_entropy(z, labels, **options).sum()))
+    assert not re.search(r"[iu]\d+\[[\d,]*7\]", str(trace(logits(4, 7))))
+
+
+@pytest.mark.single
+@pytest.mark.parametrize(
+    ("ignored", "dtype"), [(-100, jnp.int32), (-100, jnp.int8), (1, jnp.uint8), (3, jnp.int32)]
+)
+def test_an_ignored_example_counts_for_nothing(ignored: int, dtype: Any) -> None:
+    z = logits(4, 3).at[1].set(inf).at[2].set(-inf)
+    labels, counted = jnp.array([0, ignored, ignored, 2], dtype), np.array([0, 3])
+
+    def loss(
+        z: jax.Array, weight: jax.Array, labels: jax.Array = labels, ignored: int | None = ignored
+    ) -> jax.Array:
+        return cross_entropy(
+            z, labels, ignore_label=ignored, class_weight=weight, z_loss=0.1, label_smoothing=0.2
+        )
+
+    weight = jnp.ones(3)
+    value = loss(z, weight)
+    np.testing.assert_array_equal(value[1:3], 0)
+    close(value[counted], loss(z[counted], weight, labels[counted], None))
+    gradients = jax.grad(lambda z, weight: loss(z, weight).sum(), (0, 1))(z, weight)
+    assert all(jnp.isfinite(part).all() for part in gradients)
+    assert not gradients[0][1:3].any()
+    assert jnp.isfinite(jax.hessian(lambda z: loss(z, weight).sum())(z)).all()
+
+
+@pytest.mark.single
+def test_an_ignored_label_that_no_label_can_be_ignores_none() -> None:
+    z, labels = logits(3, 4), jnp.array([0, 1, 2], jnp.uint8)
+    close(cross_entropy(z, labels, ignore_label=-100), cross_entropy(z, labels))
+
+
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+def test_derivatives_with_respect_to_the_options_equal_finite_differences(kind: str) -> None:
+    labels = jnp.array([0, 3]) if kind == "classes" else probabilities(2, 4)
+
+    def f(z: jax.Array, weight: jax.Array, smoothing: jax.Array, z_loss: jax.Array) -> jax.Array:
+        return cross_entropy(
+            z, labels, class_weight=weight, label_smoothing=smoothing, z_loss=z_loss
+        )
+
+    arguments = logits(2, 4) / 3, jnp.array([0.5, 2.0, 1.0, 1.5]), jnp.array(0.3), jnp.array(0.2)
+    # Second differences in float32 have too few digits for this many arguments.
+    order = 2 if jnp.float64 == WIDE else 1
+    check_grads(jax.jit(f), tuple(part.astype(WIDE) for part in arguments), order=order)
+
+
+@pytest.mark.single
+@pytest.mark.usefixtures("no_debug_nans")
+@pytest.mark.parametrize(
+    "options", [{"label_smoothing": -0.1}, {"label_smoothing": 1.1}, {"z_loss": -1.0}]
+)
+def test_a_traced_option_out_of_range_is_nan(options: dict[str, float]) -> None:
+    z = logits(2, 4)
+    for labels in (jnp.array([0, 3]), probabilities(2, 4)):
+        loss = jax.jit(lambda labels, options: cross_entropy(z, labels, **options))(labels, options)
+        assert jnp.isnan(loss).all()
+
+
+@pytest.mark.single
+def test_a_weight_of_zero_outweighs_an_infinite_loss() -> None:
+    z, weight = jnp.array([-inf, 0.0]), jnp.array([0.0, 1.0])
+
+    def loss(z: jax.Array, weight: jax.Array) -> jax.Array:
+        return cross_entropy(z, 0, class_weight=weight)
+
+    assert loss(z, weight) == 0
+    np.testing.assert_array_equal(jax.grad(loss)(z, weight), 0)
+    # Where the loss is finite, the derivative with respect to a weight of 0 is the loss.
+    close(jax.grad(loss, 1)(jnp.zeros(2), weight), [np.log(2), 0])
+
+
+def test_probabilities_keep_the_digits_of_a_tiny_loss() -> None:
+    gap = 40.0 if jnp.float64 == WIDE else 20.0
+    z, y = jnp.array([gap, 0.0, 0.0], WIDE), jnp.array([1.0, 0.0, 0.0], WIDE)
+    np.testing.assert_allclose(cross_entropy(z, y), 2 * np.exp(-gap), 4 * eps(WIDE))
+    z = jnp.array([1e8, 1e8 + 8, 0.0], WIDE)
+    np.testing.assert_allclose(
+        cross_entropy(z, jnp.array([0.0, 1.0, 0.0], WIDE)), np.log1p(np.exp(-8)), 4 * eps(WIDE)
+    )
+
+
+@pytest.mark.single
+@pytest.mark.usefixtures("no_debug_nans")
+def test_a_row_of_impossible_classes_is_nan_for_both_kinds_of_labels() -> None:
+    z = jnp.full(3, -inf)
+    assert jnp.isnan(cross_entropy(z, 1))
+    assert jnp.isnan(cross_entropy(z, jnp.array([0.0, 1.0, 0.0])))
+    assert jnp.isnan(jax.grad(cross_entropy)(z, 1)).all()
+
+
+@pytest.mark.single
+@pytest.mark.usefixtures("no_debug_nans")
+def test_the_hessian_at_a_label_out_of_range_is_nan() -> None:
+    assert jnp.isnan(jax.hessian(cross_entropy)(jnp.zeros(3), 5)).all()
+
+
+def test_a_row_masked_throughout_is_infinite_without_nan() -> None:
+    z, where = logits(2, 3), jnp.array([[True, True, True], [False, False, False]])
+    options: dict[str, Any] = {"where": where, "label_smoothing": 0.1, "z_loss": 0.1}
+    for labels in (jnp.array([0, 1]), probabilities(2, 3)):
+        assert cross_entropy(z, labels, **options)[1] == inf
+        gradient = jax.grad(lambda z, labels: cross_entropy(z, labels, **options).sum())(z, labels)
+        assert jnp.isfinite(gradient).all()
+        assert not gradient[1].any()
+
+
+# Invariants
+
+
+@pytest.mark.single
+@hypothesis.given(
+    st.lists(st.floats(-30, 30, width=32), min_size=4, max_size=4),
+    st.integers(0, 3),
+    st.floats(0, 1, width=32),
+    st.lists(st.booleans(), min_size=4, max_size=4),
+)
+def test_a_smoothed_integer_equals_its_smoothed_one_hot_row_and_a_mask_a_dropped_class(
+    z: list[float], label: int, smoothing: float, mask: list[bool]
+) -> None:
+    row, where = jnp.array(z, jnp.float32), np.array(mask)
+    where[label] = True
+    one_hot = jax.nn.one_hot(label, 4, dtype=jnp.float32)
+    loss = cross_entropy(row, label, where=where, label_smoothing=smoothing)
+    same = partial(np.testing.assert_allclose, rtol=1e-5, atol=eps(jnp.float32))
+    same(loss, cross_entropy(row, one_hot, where=where, label_smoothing=smoothing))
+    dropped = int(where[:label].sum())
+    same(loss, cross_entropy(row[where], dropped, label_smoothing=smoothing))
+
+
+# Bad input
+
+
 @pytest.mark.single
 @pytest.mark.parametrize(
     ("labels", "kwargs", "error", "message"),
@@ -259,6 +495,30 @@ def test_one_residual_in_the_dtype_of_the_logits() -> None:
             ValueError,
             "where must broadcast to shape",
         ),
+        (np.zeros(3, int), {"label_smoothing": -0.1}, ValueError, "label_smoothing must be at le"),
+        (np.zeros(3, int), {"label_smoothing": 1.5}, ValueError, "label_smoothing must be at most"),
+        (np.zeros(3, int), {"label_smoothing": 1j}, TypeError, "label_smoothing must hold real"),
+        (
+            np.zeros(3, int),
+            {"label_smoothing": np.ones(3)},
+            ValueError,
+            "label_smoothing must be a s",
+        ),
+        (np.zeros(3, int), {"z_loss": -1.0}, ValueError, "z_loss must be at least 0, got -1"),
+        (
+            np.zeros(3, int),
+            {"class_weight": np.ones(3)},
+            ValueError,
+            r"class_weight must have shape \(classes,\) = \(4,\), got shape \(3,\)",
+        ),
+        (np.zeros(3, int), {"ignore_label": 1.0}, TypeError, "ignore_label must be an integer"),
+        (
+            np.ones((3, 4), np.float32),
+            {"ignore_label": 1},
+            ValueError,
+            "ignore_label needs integer",
+        ),
+        (np.zeros(3, int), {"axis_name": 1}, TypeError, "axis_name must be a string or a tuple"),
     ],
 )
 @pytest.mark.usefixtures("no_jaxtyping")

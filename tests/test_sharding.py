@@ -1,0 +1,171 @@
+"""Rows sharded over the axes of a mesh equal whole ones: values and every kind of derivative."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxsoftmax import cross_entropy, log_softmax, logsumexp, softmax
+from tests.helpers import WIDE, eps
+
+K = 24
+LABELS = np.array([0, 13, 23])
+
+
+def close(ours: Any, whole: Any) -> None:
+    np.testing.assert_allclose(ours, whole, 0, 50 * eps(WIDE) * max(1, np.abs(whole).max()))
+
+
+def mesh(**sizes: int) -> jax.sharding.Mesh:
+    auto = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto)
+
+
+def logits() -> jax.Array:
+    x = 3 * jax.random.normal(jax.random.key(0), (3, K), WIDE)
+    return x.at[:, 3:6].set(-jnp.inf)  # the whole second shard of eight
+
+
+def mask() -> jax.Array:
+    return jnp.ones((3, K), bool).at[:, 6:10].set(False)  # the whole third one
+
+
+def probabilities() -> jax.Array:
+    p = jax.random.uniform(jax.random.key(1), (3, K), WIDE)
+    p = jnp.where(mask() & (logits() > -jnp.inf), p, 0)
+    return p / p.sum(-1, keepdims=True)
+
+
+weights = jnp.linspace(0.5, 2, K, dtype=WIDE)
+OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.01}
+
+# Each takes logits, mask, class weights and probabilities, sharded over the classes alike.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "softmax": lambda x, where, w, q, name: softmax(x, where=where, axis_name=name),
+    "softmax at a temperature": lambda x, where, w, q, name: softmax(
+        x, where=where, temperature=jnp.array([[0.5], [0.0], [2.0]], WIDE), axis_name=name
+    ),
+    "log_softmax": lambda x, where, w, q, name: log_softmax(x, where=where, axis_name=name),
+    "logsumexp": lambda x, where, w, q, name: logsumexp(x, -1, where=where, axis_name=name),
+    "weighted logsumexp": lambda x, where, w, q, name: logsumexp(
+        x, -1, w - 0.7, where=where, return_sign=True, axis_name=name
+    )[0],
+    "cross_entropy of classes": lambda x, where, w, q, name: cross_entropy(
+        x, LABELS, class_weight=w, z_loss=0.01, axis_name=name
+    ),
+    "cross_entropy of ignored, smoothed classes": lambda x, where, w, q, name: cross_entropy(
+        jnp.maximum(x, -9), LABELS, where=where, ignore_label=13, axis_name=name, **OPTIONS
+    ),
+    "cross_entropy of probabilities": lambda x, where, w, q, name: cross_entropy(
+        jnp.maximum(x, -9), q, where=where, class_weight=w, axis_name=name, **OPTIONS
+    ),
+}
+over_functions = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+def sharded(name: str, shards: jax.sharding.Mesh) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A function over the mesh, and the same on whole rows; infinite results are 0."""
+    f, axes = FUNCTIONS[name], shards.axis_names
+    axis_name = axes[0] if len(axes) == 1 else axes
+    row, per_class = P(None, axes), P(axes)
+    out = row if "softmax" in name else P(None)
+    mapped = jax.shard_map(
+        partial(f, name=axis_name), mesh=shards, in_specs=(row, row, per_class, row), out_specs=out
+    )
+
+    def finite(f: Callable[..., Any], x: jax.Array, w: jax.Array, q: jax.Array) -> jax.Array:
+        y = f(x, mask(), w, q)
+        return jnp.where(jnp.isfinite(y), y, 0)
+
+    return partial(finite, mapped), partial(finite, partial(f, name=None))
+
+
+@over_functions
+def test_values_and_derivatives_equal_those_of_whole_rows(name: str) -> None:
+    arguments = logits(), weights, probabilities()
+    tangents = tuple(jnp.cos(part * 7 + 1) for part in (jnp.arange(K, dtype=WIDE),) * 3)
+    tangents = tuple(jnp.broadcast_to(t, a.shape) for t, a in zip(tangents, arguments, strict=True))
+
+    @partial(jax.jit, static_argnums=0)
+    def everything(f: Callable[..., Any], *arguments: jax.Array) -> Any:
+        def total(*arguments: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.sin(f(*arguments)))
+
+        gradient = jax.grad(total, (0, 1, 2))
+        forward = jax.jvp(f, arguments, tangents)
+        second = jax.jvp(gradient, arguments, tangents)[1]
+        hessian = jax.hessian(lambda x: total(x, *arguments[1:]))(arguments[0])
+        return forward, gradient(*arguments), second, hessian
+
+    ours, whole = (everything(f, *arguments) for f in sharded(name, mesh(classes=8)))
+    jax.tree.map(close, ours, whole)
+
+
+@over_functions
+def test_a_row_may_be_sharded_over_two_axes(name: str) -> None:
+    ours, whole = sharded(name, mesh(data=2, classes=4))
+    close(
+        jax.jit(ours)(logits(), weights, probabilities()), whole(logits(), weights, probabilities())
+    )
+
+
+@pytest.mark.single
+def test_a_gradient_inside_the_map_is_that_of_whole_rows() -> None:
+    def gradient(x: jax.Array, name: str | None) -> jax.Array:
+        return jax.grad(lambda x: cross_entropy(x, LABELS, axis_name=name).sum())(x)
+
+    x = jnp.maximum(logits(), -9)
+    row = P(None, "classes")
+    inside = jax.shard_map(
+        partial(gradient, name="classes"), mesh=mesh(classes=8), in_specs=row, out_specs=row
+    )
+    close(jax.jit(inside)(x), gradient(x, None))
+
+
+@pytest.mark.single
+@pytest.mark.usefixtures("no_debug_nans")
+def test_a_label_beyond_all_shards_is_nan() -> None:
+    labels = np.array([K, -1, K - 1])
+    loss: Any = jax.shard_map(
+        lambda x: cross_entropy(x, labels, axis_name="classes"),
+        mesh=mesh(classes=8),
+        in_specs=P(None, "classes"),
+        out_specs=P(None),
+    )
+    np.testing.assert_array_equal(jnp.isnan(loss(logits())), [True, True, False])
+
+
+@pytest.mark.single
+@over_functions
+def test_one_number_per_row_travels(name: str) -> None:
+    ours, _ = sharded(name, mesh(classes=8))
+    gradient = jax.jit(jax.grad(lambda x, w, q: ours(x, w, q).sum(), (0, 1, 2)))
+    sizes = _collectives(gradient.trace(logits(), weights, probabilities()).jaxpr.jaxpr)
+    assert sizes
+    assert max(sizes) == len(LABELS)
+
+
+def _collectives(jaxpr: Any) -> list[int]:
+    """Sizes of what reductions over a mesh reduce."""
+    sizes = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name.startswith(("psum", "pmax", "all_gather", "all_to_all")):
+            sizes += [variable.aval.size for variable in equation.invars]
+        for part in jax.tree.leaves(equation.params):
+            if hasattr(part, "eqns"):
+                sizes += _collectives(part)
+            elif hasattr(part, "jaxpr"):
+                sizes += _collectives(part.jaxpr)
+    return sizes
+
+
+@pytest.mark.single
+def test_an_axis_of_vmap_may_span_the_row() -> None:
+    x = logits()[0]
+    p = jax.vmap(lambda x: softmax(x, axis=(), axis_name="k"), axis_name="k")(x)
+    close(p, softmax(x))
