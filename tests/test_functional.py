@@ -15,7 +15,14 @@ import scipy.special
 from jax import lax
 from jax.test_util import check_grads
 
-from jaxsoftmax import log_softmax, logsumexp, softmax, softmax_jacobian
+from jaxsoftmax import (
+    entropy,
+    kl_divergence,
+    log_softmax,
+    logsumexp,
+    softmax,
+    softmax_jacobian,
+)
 from tests import helpers
 from tests.helpers import CASE_IDS, CASES, DTYPES, WIDE, Case, eps
 
@@ -648,3 +655,116 @@ def test_bad_inputs_are_named() -> None:
         logsumexp(jnp.zeros(3, jnp.complex64))
     with pytest.raises(TypeError, match=r"axis must be an integer, got \(0, 1\)"):
         softmax_jacobian(jnp.zeros((2, 3)), (0, 1))  # type: ignore[arg-type]
+
+
+# Entropy and divergence
+
+
+def probabilities_of(z: Any, where: Any) -> Any:
+    e = np.where(where, np.exp(np.asarray(z, np.float64)), 0)
+    return e / e.sum(-1, keepdims=True)
+
+
+def plogq(p: Any, q: Any) -> Any:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(p == 0, 0, p * np.log(q)).sum(-1)
+
+
+def test_entropy_and_divergence_equal_their_definitions() -> None:
+    z, t = normal(3, 5), 2 * normal(5, 3).T
+    for where in (True, helpers._mask(3, 5)):
+        p, q = probabilities_of(z, where), probabilities_of(t, where)
+        mask = None if where is True else where
+        close = partial(np.testing.assert_allclose, rtol=20 * eps(WIDE))
+        close(entropy(z, where=mask), -plogq(p, p))
+        close(kl_divergence(z, t, where=mask), plogq(q, q) - plogq(q, p), atol=4 * eps(WIDE))
+        turned = None if mask is None else mask.T
+        close(entropy(z.T, 0, turned), -plogq(p, p))
+        close(kl_divergence(z.T, t.T, 0, turned), kl_divergence(z, t, where=mask))
+
+
+@pytest.mark.single
+def test_entropy_and_divergence_are_computed_in_float32() -> None:
+    z = normal(3, 5).astype(jnp.bfloat16)
+    assert entropy(z).dtype == kl_divergence(z, z).dtype == jnp.float32
+    np.testing.assert_array_equal(entropy(z), entropy(z.astype(jnp.float32)))
+
+
+def test_impossible_classes_have_no_entropy_and_a_finite_gradient() -> None:
+    z = jnp.array([0.0, 0.0, -inf])
+    np.testing.assert_allclose(entropy(z), np.log(2), 4 * eps(WIDE))
+    np.testing.assert_allclose(jax.grad(entropy)(z), 0, atol=4 * eps(WIDE))
+    assert jnp.isfinite(jax.hessian(entropy)(z)).all()
+    assert entropy(jnp.array([3.0, -inf])) == 0
+
+
+def test_the_divergence_at_impossible_classes() -> None:
+    z, sure = jnp.array([0.0, 1.0, -inf]), jnp.array([0.0, -inf, -inf])
+    np.testing.assert_allclose(kl_divergence(z, sure), np.log1p(np.e), 4 * eps(WIDE))
+    for gradient in jax.grad(kl_divergence, (0, 1))(z, sure):
+        assert jnp.isfinite(gradient).all()
+    assert kl_divergence(z, z) == 0
+    assert kl_divergence(sure, z) == inf
+    for gradient in jax.grad(kl_divergence, (0, 1))(sure, z):
+        assert jnp.isfinite(gradient).all()
+
+
+def test_a_row_masked_throughout_has_no_entropy_and_no_divergence() -> None:
+    z, where = jnp.array([[1.0, 2.0], [inf, 4.0]]), jnp.array([[True, True], [False, False]])
+    assert entropy(z, where=where)[1] == 0
+    assert kl_divergence(z, 2 * z, where=where)[1] == 0
+    gradients = [
+        jax.grad(lambda z: entropy(z, where=where).sum())(z),
+        *jax.grad(lambda z, t: kl_divergence(z, t, where=where).sum(), (0, 1))(z, z),
+    ]
+    for gradient in gradients:
+        assert jnp.isfinite(gradient).all()
+        assert not gradient[1].any()
+
+
+def test_tails_of_entropy_and_divergence_keep_their_digits() -> None:
+    gap = 40.0 if jnp.float64 == WIDE else 20.0
+    z, tail = jnp.array([gap, 0.0], WIDE), np.exp(-gap)
+    np.testing.assert_allclose(entropy(z), tail * (1 + gap), 20 * eps(WIDE))
+    gradient = jax.grad(entropy)(z)
+    np.testing.assert_allclose(gradient, [-tail * gap, tail * gap], 50 * eps(WIDE))
+    # Close distributions: half the variance of the difference under p, never below 0.
+    z, step = normal(6), 1e-5 if jnp.float64 == WIDE else 1e-3
+    p, v = probabilities_of(z, True), np.cos(np.arange(6))
+    moved = z + jnp.asarray(step * v, WIDE)
+    expected = step**2 / 2 * (p @ v**2 - (p @ v) ** 2)
+    np.testing.assert_allclose(kl_divergence(moved, z), expected, 20 * step)
+    assert kl_divergence(z, z + 1e-7) >= 0
+
+
+def test_derivatives_of_entropy_and_divergence_equal_finite_differences() -> None:
+    where = jnp.array([[True, True, True, True], [True, False, True, True]])
+    z, t = normal(2, 4), normal(4, 2).T
+    check_grads(jax.jit(partial(entropy, where=where)), (z,), order=2)
+    check_grads(jax.jit(partial(kl_divergence, where=where)), (z, t), order=2)
+    p, q = probabilities_of(z, True), probabilities_of(t, True)
+    gradient = jax.grad(lambda z: kl_divergence(z, t).sum())(z)
+    np.testing.assert_allclose(gradient, p - q, 20 * eps(WIDE), 4 * eps(WIDE))
+
+
+@pytest.mark.single
+@pytest.mark.usefixtures("no_jaxtyping", "no_debug_nans")
+def test_bad_arguments_of_entropy_divergence_and_temperature_are_named() -> None:
+    x = jnp.zeros((2, 3))
+    with pytest.raises(TypeError, match="logits must hold real numbers, got dtype complex64"):
+        entropy(x.astype(jnp.complex64))
+    with pytest.raises(ValueError, match=r"target_logits must have shape \(shape of logits\)"):
+        kl_divergence(x, x[0])
+    with pytest.raises(TypeError, match="axis_name must be a string or a tuple of strings, got 3"):
+        softmax(x, axis_name=3)  # type: ignore[arg-type]
+    for f in (softmax, log_softmax, softmax_jacobian):
+        with pytest.raises(ValueError, match=r"temperature must be at least 0, got -1\.0"):
+            f(x, temperature=-1.0)
+        with pytest.raises(ValueError, match="temperature must be at least 0, got nan"):
+            f(x, temperature=np.array([[1.0], [nan]]))
+        with pytest.raises(ValueError, match=r"temperature must broadcast to shape \(2, 3\)"):
+            f(x, temperature=np.ones(2))
+        with pytest.raises(ValueError, match=r"size 1 on the axes \(1,\) .* got shape \(2, 3\)"):
+            f(x, temperature=np.ones((2, 3)))
+        with pytest.raises(TypeError, match="temperature must hold real numbers, got dtype compl"):
+            f(x, temperature=1j)
