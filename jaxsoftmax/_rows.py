@@ -220,6 +220,13 @@ def _counted(b: Array, where: Array | None) -> Array:
     return b != 0 if where is None else where & (b != 0)
 
 
+def complex_sum(a: Array, b: Array, where: Array | None, rows: Rows) -> tuple[Array, Array]:
+    """The sum of b exp(a - m) for complex a and b, and m, the maximum of the real parts."""
+    where = _counted(b, where)
+    _, m = shifted(lax.stop_gradient(a.real), where, rows)
+    return rows.sum(keep(where, b * jnp.exp(keep(where, a) - m.astype(a.dtype)))), m
+
+
 @partial(weighted_logsumexp.defjvp, symbolic_zeros=True)
 def _weighted_logsumexp_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     """d log|S| = sum_j (q_j da_j + s_j db_j) with s_j = exp(a_j) / S and q_j = b_j s_j; the sign is

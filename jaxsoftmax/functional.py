@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Inexact, Shaped
 
 from jaxsoftmax import _checks, _rows
 from jaxsoftmax._checks import Axis, AxisName
@@ -144,7 +144,7 @@ def logsumexp(
     where: Bool[ArrayLike, "..."] | None = None,
     *,
     axis_name: AxisName = None,
-) -> Float[Array, "..."]: ...
+) -> Inexact[Array, "..."]: ...
 @overload
 def logsumexp(
     a: Shaped[ArrayLike, "..."],
@@ -155,7 +155,7 @@ def logsumexp(
     return_sign: Literal[True],
     where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName = None,
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]: ...
+) -> tuple[Inexact[Array, "..."], Inexact[Array, "..."]]: ...
 @overload
 def logsumexp(
     a: Shaped[ArrayLike, "..."],
@@ -166,7 +166,7 @@ def logsumexp(
     where: Bool[ArrayLike, "..."] | None = None,
     *,
     axis_name: AxisName = None,
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]: ...
+) -> tuple[Inexact[Array, "..."], Inexact[Array, "..."]]: ...
 def logsumexp(
     a: Shaped[ArrayLike, "..."],
     axis: Axis = None,
@@ -176,7 +176,7 @@ def logsumexp(
     where: Bool[ArrayLike, "..."] | None = None,
     *,
     axis_name: AxisName = None,
-) -> Float[Array, "..."] | tuple[Float[Array, "..."], Float[Array, "..."]]:
+) -> Inexact[Array, "..."] | tuple[Inexact[Array, "..."], Inexact[Array, "..."]]:
     r"""Logarithm of a sum of exponentials, weighted by `b` if given.
 
     .. math:: L(a, b) = \log\Bigl|\sum_i b_i \exp(a_i)\Bigr|, \qquad
@@ -184,9 +184,10 @@ def logsumexp(
               \frac{\partial L}{\partial b_j} = \frac{\exp(a_j)}{\sum_i b_i \exp(a_i)}
 
     Args:
-      a: exponents, any shape, real.
+      a: exponents, any shape, real or complex.
       axis: the axis or axes to sum over; None, as in `jax.nn.logsumexp`, for all.
-      b: factors of the exponentials, real; `a` and `b` broadcast to one shape; None for 1.
+      b: factors of the exponentials, real or complex; `a` and `b` broadcast to one shape; None
+        for 1.
       keepdims: keep the summed axes with size 1.
       return_sign: return also the sign of the sum.
       where: entries that take part, boolean, broadcasting to the shape of `a` and `b`; None for
@@ -196,11 +197,12 @@ def logsumexp(
     Returns:
       The logarithm, with the shape of `a` less `axis`, in the dtype of `a` and `b`; with
       `return_sign` the pair (logarithm of the absolute sum, sign: -1, 0 or 1). Without it the
-      logarithm of a negative sum is NaN. A sum over nothing is -inf.
+      logarithm of a negative sum is NaN. A sum over nothing is -inf. If `a` or `b` is complex the
+      logarithm is complex, and the sign is S / abs(S) for the sum S.
 
     Raises:
-      TypeError: `a` or `b` is not real, `where` is not boolean, `axis` is not an integer, or
-        `axis_name` not a string.
+      TypeError: `a` or `b` does not hold numbers, `where` is not boolean, `axis` is not an integer,
+        or `axis_name` not a string.
       ValueError: `axis` is out of range or repeats, `a` and `b` do not broadcast to one shape, or
         `where` does not broadcast to it.
 
@@ -216,6 +218,10 @@ def logsumexp(
       Blanchard, Higham, Higham (2021), Accurately computing the log-sum-exp and softmax functions,
       eq. 1.4.
     """
+    if any(
+        v is not None and jnp.iscomplexobj(_checks.array(n, v)) for n, v in (("a", a), ("b", b))
+    ):
+        return _complex_logsumexp(a, axis, b, keepdims, return_sign, where, axis_name)
     a = _checks.real_array("a", a)
     dtype = a.dtype
     if b is not None:
@@ -225,8 +231,7 @@ def logsumexp(
             dtype = dtype if dtype == b.dtype else jnp.dtype(compute_dtype(dtype, b.dtype))
         a, b = (v.astype(compute_dtype(dtype)) for v in (a, b))
         a, b = _checks.broadcast_together("a", a, "b", b)
-    rows = Rows(_checks.axis_indices(axis, a.ndim), _checks.axis_names(axis_name))
-    mask = _checks.mask_array("where", where, a.shape)
+    mask, rows = _mask_and_rows(a, axis, where, axis_name)
     if b is None:
         value = _logsumexp(a, mask, rows)
         least = jnp.finfo(value.dtype).min
@@ -240,6 +245,31 @@ def logsumexp(
     if not keepdims:
         value, sign = jnp.squeeze(value, rows.axes), jnp.squeeze(sign, rows.axes)
     return (value, sign) if return_sign else value
+
+
+def _complex_logsumexp(
+    a: ArrayLike,
+    axis: Axis,
+    b: ArrayLike | None,
+    keepdims: bool,
+    return_sign: bool,
+    where: ArrayLike | None,
+    axis_name: AxisName,
+) -> Any:
+    """`logsumexp` of complex numbers, as in jax.nn: the sign is S / |S|."""
+    a, b = _checks.array("a", a), 1.0 if b is None else b
+    b = jnp.asarray(b, a.dtype) if isinstance(b, (int, float, complex)) else _checks.array("b", b)
+    double = {jnp.dtype(jnp.float64), jnp.dtype(jnp.complex128)}
+    dtype = jnp.complex128 if double & {a.dtype, b.dtype} else jnp.complex64
+    a, b = _checks.broadcast_together("a", a.astype(dtype), "b", b.astype(dtype))
+    mask, rows = _mask_and_rows(a, axis, where, axis_name)
+    total, m = _complex_sum(a, b, mask, rows)
+    if not keepdims:
+        total, m = jnp.squeeze(total, rows.axes), jnp.squeeze(m, rows.axes)
+    if not return_sign:
+        return jnp.log(total) + m.astype(dtype)
+    size = jnp.abs(total)
+    return jnp.log(size) + m, total / jnp.where(size == 0, 1, size).astype(dtype)
 
 
 def softmax_jacobian(
@@ -387,12 +417,18 @@ def _prepared(
     axis_name: AxisName,
 ) -> tuple[Array, Array | None, Rows]:
     """Checked arguments: the logits divided by the temperature, the mask, and what a row spans."""
-    rows = Rows(_checks.axis_indices(axis, x.ndim), _checks.axis_names(axis_name))
-    mask = _checks.mask_array("where", where, x.shape)
+    mask, rows = _mask_and_rows(x, axis, where, axis_name)
     if temperature is not None:
         t = _checks.temperature(temperature, x.shape, rows.axes)
         x = _tempered(x, t, mask, rows)
     return x, mask, rows
+
+
+def _mask_and_rows(
+    x: Array, axis: Axis, where: ArrayLike | None, axis_name: AxisName
+) -> tuple[Array | None, Rows]:
+    rows = Rows(_checks.axis_indices(axis, x.ndim), _checks.axis_names(axis_name))
+    return _checks.mask_array("where", where, x.shape), rows
 
 
 @partial(jax.jit, static_argnums=3)
@@ -455,3 +491,4 @@ _softmax = jax.jit(_rows.softmax, static_argnums=(2, 3))
 _log_softmax = jax.jit(_rows.log_softmax, static_argnums=(2,))
 _logsumexp = jax.jit(_rows.logsumexp, static_argnums=(2,))
 _weighted_logsumexp = jax.jit(_rows.weighted_logsumexp, static_argnums=(3,))
+_complex_sum = jax.jit(_rows.complex_sum, static_argnums=(3,))

@@ -4,6 +4,8 @@ Shapes: `logits` is (..., classes) with the classes on `axis`; `labels` is (...)
 classes, or has the shape of `logits` for probabilities. Losses are in nats, never below float32.
 """
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ def cross_entropy(
     logits: Shaped[ArrayLike, "..."],
     labels: Shaped[ArrayLike, "..."],
     *,
-    axis: int = -1,
+    axis: int | Sequence[int] = -1,
     where: Bool[ArrayLike, "..."] | None = None,
     label_smoothing: Shaped[ArrayLike, ""] = 0.0,
     class_weight: Shaped[ArrayLike, " classes"] | None = None,
@@ -45,7 +47,7 @@ def cross_entropy(
       logits: (..., classes), real, the classes on `axis`.
       labels: integer classes in [0, classes), of the shape of `logits` less `axis`; or
         probabilities, floating, of the shape of `logits`.
-      axis: the axis of the classes.
+      axis: the axis of the classes, or several that are taken as one, numbered in the order given.
       where: classes that are allowed, boolean, broadcasting to the shape of `logits`; None for all.
       label_smoothing: the share of each label that is spread over the allowed classes, a number in
         [0, 1].
@@ -89,6 +91,8 @@ def cross_entropy(
       Chowdhery et al. (2022), PaLM, section 5 (z-loss).
     """
     logits, labels = _checks.real_array("logits", logits), _checks.label_array(labels)
+    if isinstance(axis, Sequence):
+        logits, labels, where, axis = _flattened(logits, labels, where, axis)
     axis = _checks.axis_index(axis, logits.ndim)
     rows = Rows((axis,), _checks.axis_names(axis_name))
     mask = _checks.mask_array("where", where, logits.shape)
@@ -116,6 +120,26 @@ def cross_entropy(
         ignore_label,
         rows,
     )
+
+
+def _flattened(
+    logits: Array, labels: Array, where: ArrayLike | None, axes: Sequence[int]
+) -> tuple[Array, Array, Array | None, int]:
+    """Several axes of classes as one at the end, in the order given, in all arrays that have it."""
+    _checks.axis_indices(axes, logits.ndim)
+    order = [axis % logits.ndim for axis in axes]
+    ends, count = range(-len(order), 0), math.prod(logits.shape[axis] for axis in order)
+
+    def flat(values: Array) -> Array:
+        moved = jnp.moveaxis(values, order, ends)
+        return moved.reshape(*moved.shape[: moved.ndim - len(order)], count)
+
+    mask = _checks.mask_array("where", where, logits.shape)
+    if mask is not None:
+        mask = flat(jnp.broadcast_to(mask, logits.shape))
+    if labels.shape == logits.shape:
+        labels = flat(labels)
+    return flat(logits), labels, mask, -1
 
 
 def _is_zero(value: ArrayLike) -> bool:

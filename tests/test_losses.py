@@ -49,6 +49,20 @@ def test_the_class_axis_may_stand_anywhere(axis: int) -> None:
     close(cross_entropy(moved, p_moved, axis=axis), cross_entropy(z, p))
 
 
+@pytest.mark.single
+def test_several_axes_of_classes_are_one() -> None:
+    z, p, where = logits(4, 3, 5), probabilities(4, 3, 5), jnp.array([[True], [True], [False]])
+    flat = jnp.moveaxis(z, 0, -1).reshape(3, 20)
+    classes = jnp.array([0, 7, 19])
+    close(cross_entropy(z, classes, axis=(2, 0)), cross_entropy(flat, classes))
+    allowed = jnp.broadcast_to(where, z.shape)
+    y = jnp.where(allowed, p, 0)
+    flat_y = jnp.moveaxis(y, 0, -1).reshape(3, 20)
+    options: dict[str, Any] = {"label_smoothing": 0.1, "class_weight": jnp.arange(20.0)}
+    ours = cross_entropy(z, y, axis=(-1, 0), where=where, **options)
+    close(ours[:2], cross_entropy(flat, flat_y, **options)[:2])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: jnp.dtype(dtype).name)
 def test_the_loss_is_never_below_float32(dtype: Any) -> None:
     z = logits(3, 5).astype(dtype)
@@ -486,6 +500,7 @@ def test_a_smoothed_integer_equals_its_smoothed_one_hot_row_and_a_mask_a_dropped
             r"labels must have shape \(shape of logits\) = \(3, 4\), got shape \(3, 5\)",
         ),
         (np.zeros(3, bool), {}, TypeError, "labels must be integer classes or .* got dtype bool"),
+        (np.zeros(3, int), {"axis": (0, 0)}, ValueError, "axis must not repeat"),
         (np.zeros(3, int), {"axis": 2}, ValueError, r"axis must be in \[-2, 2\)"),
         (np.zeros(3, int), {"axis": True}, TypeError, "axis must be an integer, got the bool True"),
         (np.zeros(3, int), {"where": np.ones(4)}, TypeError, "where must be boolean"),
