@@ -274,40 +274,49 @@ def _from_owner(value: Array, label: _Label, rows: Rows) -> Array:
     return lax.psum(jnp.where(label.here, value, 0), rows.axis_name)
 
 
-def _own(logits: Array, m: Array, where: Array | None, label: _Label, rows: Rows) -> Array:
-    """z_c - m, -inf for a masked label."""
+def _terms(
+    logits: Array, labels: Array, where: Array | None, rows: Rows
+) -> tuple[Array, Array, Array, _Label]:
+    """With c the label and m the largest logit: exp(z_k - m) without c, its sum, z_c - m, c.
+
+    The label's own term is kept apart from the rest of the sum. So the tiny loss of a confident
+    label, and the tiny p_c - 1 of its gradient, keep their digits.
+    """
     (axis,) = rows.axes
-    own = (
-        jnp.minimum(wide(jnp.take_along_axis(logits, label.position, axis)), m) - m
-    )  # as in shifted
+    label = _locate(labels, logits.shape, rows)
+    d, m = _rows.shifted(logits, where, rows)
+    own = jnp.minimum(wide(jnp.take_along_axis(logits, label.position, axis)), m) - m
     if where is not None:
         allowed = jnp.take_along_axis(jnp.broadcast_to(where, logits.shape), label.position, axis)
         own = jnp.where(allowed, own, -jnp.inf)
-    return _from_owner(own, label, rows)
+    e = _put(jnp.exp(d), 0, label, rows)
+    return e, rows.sum(e), _from_owner(own, label, rows), label
+
+
+def _put(values: Array, own: ArrayLike, label: _Label, rows: Rows) -> Array:
+    """`values` with `own` at the labels that stand in this shard."""
+    (axis,) = rows.axes
+    if rows.axis_name is not None:
+        own = jnp.where(label.here, own, jnp.take_along_axis(values, label.position, axis))
+    return jnp.put_along_axis(values, label.position, own, axis, inplace=False)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _integer_cross_entropy(logits: Array, labels: Array, where: Array | None, rows: Rows) -> Array:
-    """log sum_k exp(z_k - m) - (z_c - m) with the label c and the largest logit m."""
-    label = _locate(labels, logits.shape, rows)
-    d, m = _rows.shifted(logits, where, rows)
-    loss = _rows.log_sum(d, where, rows) - _own(logits, m, where, label, rows)
+    """log sum_k exp(z_k - m) - (z_c - m)."""
+    _, others, own, label = _terms(logits, labels, where, rows)
+    log_sum = jnp.log1p(others + jnp.expm1(own))
+    loss = _rows.or_empty(log_sum, 0.0, where, rows) - own
     return _rows.only_if(label.valid, loss)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _residuals(logits: Array, labels: Array, where: Array | None, rows: Rows) -> Array:
     """p - e_c, the gradient of the loss; p_c - 1 is minus the sum of the other probabilities."""
-    (axis,) = rows.axes
-    label = _locate(labels, logits.shape, rows)
-    d, m = _rows.shifted(logits, where, rows)
-    c, t = _rows.parts(d, rows)
-    total = _rows.only_if(label.valid, _rows.or_empty(c + t, 1.0, where, rows))
-    p = jnp.exp(d) / total
-    own = -(t + (c - jnp.exp(_own(logits, m, where, label, rows)))) / total
-    if rows.axis_name is not None:
-        own = jnp.where(label.here, own, jnp.take_along_axis(p, label.position, axis))
-    return jnp.put_along_axis(p, label.position, own, axis, inplace=False).astype(logits.dtype)
+    e, others, own, label = _terms(logits, labels, where, rows)
+    total = _rows.or_empty(others + jnp.exp(own), 1.0, where, rows)
+    total = _rows.only_if(label.valid, total)
+    return _put(e / total, -others / total, label, rows).astype(logits.dtype)
 
 
 @_integer_cross_entropy.defjvp
