@@ -305,7 +305,8 @@ def _put(values: Array, own: ArrayLike, label: _Label, rows: Rows) -> Array:
 def _integer_cross_entropy(logits: Array, labels: Array, where: Array | None, rows: Rows) -> Array:
     """log sum_k exp(z_k - m) - (z_c - m)."""
     _, others, own, label = _terms(logits, labels, where, rows)
-    log_sum = jnp.log1p(others + jnp.expm1(own))
+    # A selection after the sum, as in log_sum: XLA:CPU would take the rest into the sum's kernel.
+    log_sum = jnp.where(own == 0, jnp.log1p(others), jnp.log(others + jnp.exp(own)))
     loss = _rows.or_empty(log_sum, 0.0, where, rows) - own
     return _rows.only_if(label.valid, loss)
 
