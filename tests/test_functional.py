@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -14,6 +14,7 @@ import pytest
 import scipy.special
 from jax import lax
 from jax.test_util import check_grads
+from numpy.typing import NDArray
 
 from jaxsoftmax import (
     entropy,
@@ -578,6 +579,52 @@ def test_a_masked_entry_equals_a_dropped_one(x: Any, data: st.DataObject) -> Non
     close(softmax(x, where=keep)[:, keep], softmax(x[:, keep]))
     close(log_softmax(x, where=keep)[:, keep], log_softmax(x[:, keep]), atol=1e-6)
     close(logsumexp(x, -1, where=keep), logsumexp(x[:, keep], -1), atol=1e-6)
+
+
+class Sample(NamedTuple):
+    x: jax.Array
+    axis: int
+    where: NDArray[Any]
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> Sample:
+    """Logits of any dtype, integers so that shifts and multiples are exact, an axis and a mask."""
+    shape, axis = draw(st.sampled_from([((5,), 0), ((3, 4), 0), ((3, 4), -1), ((2, 3, 2), 1)]))
+    dtype = draw(st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]))
+    x = draw(hnp.arrays(np.float32, shape, elements=st.integers(-30, 30)))
+    where = draw(hnp.arrays(bool, shape))
+    np.moveaxis(where, axis, 0)[0] = True
+    return Sample(jnp.asarray(x).astype(dtype), axis, where)
+
+
+@pytest.mark.single
+@hypothesis.given(samples(), st.integers(-64, 64), st.sampled_from([0.25, 2.0]), st.data())
+def test_invariants_over_shapes_axes_and_dtypes(
+    sample: Sample, shift: int, temperature: float, data: st.DataObject
+) -> None:
+    x, axis, where = sample
+    order = np.array(data.draw(st.permutations(range(x.shape[axis]))))
+    tiny = partial(np.testing.assert_allclose, rtol=4 * eps(x.dtype), atol=4 * eps(jnp.float32))
+
+    def close(ours: Any, theirs: Any) -> None:
+        assert ours.dtype == theirs.dtype == x.dtype
+        tiny(np.asarray(ours, np.float32), np.asarray(theirs, np.float32))
+
+    one = jnp.ones((), x.dtype)
+    for f in (softmax, log_softmax):
+        y = f(x, axis)
+        close(f(x + shift * one, axis), y)  # a common shift
+        close(f(jnp.take(x, order, axis), axis), jnp.take(y, order, axis))  # a permutation
+        close(f(x, axis, temperature=temperature), f(x / (temperature * one), axis))
+        hidden = jnp.where(where, x, jnp.inf)  # a mask is a logit of -inf
+        close(f(hidden, axis, where), f(jnp.where(where, x, -jnp.inf), axis))
+        if x.ndim == 2:  # vmap over the other axis equals a loop over it
+            batch = 1 - axis % 2
+            looped = jnp.stack([f(row) for row in jnp.moveaxis(x, batch, 0)], batch)
+            close(jax.vmap(f, batch, batch)(x), looped)
+    total = logsumexp(x, axis)
+    close(jnp.take(logsumexp(jnp.take(x, order, axis), axis, keepdims=True), 0, axis), total)
 
 
 # The Jacobian
