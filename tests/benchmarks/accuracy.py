@@ -9,10 +9,10 @@ largest error over what tests/test_accuracy.py allows, "rounded" the share of ou
 the exact value rounded once.
 """
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -26,11 +26,7 @@ from tests import exact
 from tests.benchmarks._measure import environment
 from tests.exact import Inputs, Library, Quantity
 
-torch: ModuleType | None
-try:
-    import torch
-except ImportError:
-    torch = None
+torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 
 jax.config.update("jax_enable_x64", True)
 
