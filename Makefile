@@ -9,7 +9,7 @@ BENCHMARKS := $(notdir $(basename $(wildcard tests/benchmarks/[a-z]*.py)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-single test-double lint bench clean
 
 help:
 	@echo 'make demo   train on the handwritten digits, print the result, write a page with pictures'
@@ -21,9 +21,13 @@ help:
 demo: $(VENV)/.installed-notebooks
 	@$(BIN)/python notebooks/execute.py notebooks/softmax_regression.ipynb --page build/softmax_regression.html
 
-test: $(VENV)/.installed-test
+test: test-single test-double
+
+test-single: $(VENV)/.installed-test
 	@echo '== single precision'
 	@$(BIN)/python -m pytest -m '$(MARKED)'
+
+test-double: $(VENV)/.installed-test
 	@echo '== double precision (JAX_ENABLE_X64=1)'
 	@JAX_ENABLE_X64=1 $(BIN)/python -m pytest tests -m 'not single and not notebook'
 

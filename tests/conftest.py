@@ -35,9 +35,6 @@ def no_debug_nans() -> Iterator[None]:
     jax.config.update("jax_debug_nans", True)
 
 
-jax.config.update("jax_num_cpu_devices", 8)  # for tests/test_sharding.py
-
-
 @pytest.fixture
 def no_jaxtyping() -> Iterator[None]:
     """Bad input without the suite's own runtime type checks, as a user would pass it."""

@@ -151,27 +151,33 @@ class Inputs(NamedTuple):
         }
 
 
-def families(dtype: Any, long: int) -> dict[str, Inputs]:
-    """Logits by kind: in each row the class is the largest entry; every second v is 1 there and 0
-    elsewhere, the others are random."""
+def families(dtype: Any, long: int, every: int = 1) -> dict[str, Inputs]:
+    """Logits by kind, of the rows that take long one in `every`.
+
+    In each row the class is the largest entry; every second v is 1 there and 0 elsewhere, the
+    others are random.
+    """
     random = np.random.default_rng(0)
     eps, largest = float(jnp.finfo(dtype).eps), float(jnp.finfo(dtype).max)
-    dominant = random.normal(size=(81, 100))
-    dominant[np.arange(81), random.integers(100, size=81)] = 4 + np.arange(81.0)
+    gaps = np.arange(0.0, 81, every)
+    dominant = random.normal(size=(len(gaps), 100))
+    dominant[np.arange(len(gaps)), random.integers(100, size=len(gaps))] = 4 + gaps
     pairs = np.stack([np.arange(0, 80, 0.25), np.zeros(320), np.full(320, -3.0)], -1)
-    offsets = np.array([offset for offset in 10.0 ** np.arange(4, 31) if offset < largest / 4])
+    offsets = 10.0 ** np.arange(4, 31, every)
+    offsets = offsets[offsets < largest / 4]
     steps = random.integers(-20, 21, size=(len(offsets), 100))
-    mask = random.random((30, 100)) < 0.7
+    few, some = 30 // every, 50 // every
+    mask = random.random((few, 100)) < 0.7
     logits: dict[str, tuple[Any, Any]] = {
         "normal, 3": (3 * random.normal(size=(200, 3)), None),
-        "normal, 100": (3 * random.normal(size=(50, 100)), None),
+        "normal, 100": (3 * random.normal(size=(some, 100)), None),
         f"normal, {long}": (3 * random.normal(size=(1, long)), None),
         f"equal, {long}": (np.zeros((1, long)), None),
         "dominant, 3": (pairs, None),
         "dominant, 100": (dominant, None),
         "offset 1e4-1e30": (offsets[:, None] * (1 + eps * steps), None),
-        "near ties": (1 + eps * random.integers(-3, 4, size=(30, 100)), None),
-        "masked": (3 * random.normal(size=(30, 100)), mask),
+        "near ties": (1 + eps * random.integers(-3, 4, size=(few, 100)), None),
+        "masked": (3 * random.normal(size=(few, 100)), mask),
     }
     inputs = {}
     for name, (values, where) in logits.items():
