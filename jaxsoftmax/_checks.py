@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
@@ -29,6 +29,13 @@ def known(value: ArrayLike) -> NDArray[Any] | None:
     if isinstance(value, Array) and not value.is_fully_addressable:
         return None
     return np.asarray(value)
+
+
+def _described(value: Any) -> str:
+    """What came, for a message: of an array its shape and dtype."""
+    if isinstance(value, (Array, np.ndarray)) and value.ndim:
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    return repr(value)
 
 
 def array(name: str, value: ArrayLike) -> Array:
@@ -62,7 +69,7 @@ def real_array(name: str, value: ArrayLike) -> Array:
 
 
 def mask_array(name: str, value: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
-    """`value` as a boolean array that broadcasts to `shape`, or None."""
+    """`value` as a boolean array that broadcasts to `shape`, made of its rank, or None."""
     if value is None:
         return None
     mask = array(name, value)
@@ -71,15 +78,16 @@ def mask_array(name: str, value: ArrayLike | None, shape: tuple[int, ...]) -> Ar
     return broadcastable(name, mask, shape)
 
 
-def broadcastable(name: str, value: Array, shape: tuple[int, ...]) -> Array:
-    """`value`, if it broadcasts to `shape` without enlarging it."""
-    try:
-        fits = jnp.broadcast_shapes(value.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(f"{name} must broadcast to shape {shape}, got shape {value.shape}")
-    return value
+def broadcastable(name: str, value: Array, shape: tuple[int, ...], meaning: str = "") -> Array:
+    """`value`, if it broadcasts to `shape` without enlarging it, made of its rank."""
+    sizes = (1,) * (len(shape) - value.ndim) + value.shape
+    if len(sizes) > len(shape) or any(
+        size not in (1, most) for size, most in zip(sizes, shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name} must broadcast to shape {shape}{meaning}, got shape {value.shape}"
+        )
+    return value.reshape(sizes)
 
 
 def broadcast_together(name: str, a: Array, other: str, b: Array) -> tuple[Array, Array]:
@@ -104,10 +112,15 @@ def integer(name: str, value: int, *, least: int | None = None) -> int:
     """`value`, if it is an integer, not a bool, of at least `least`."""
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got the bool {value}")
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name} must be an integer known to the trace, got a tracer; "
+            "name it in static_argnames of jax.jit"
+        )
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        raise TypeError(f"{name} must be an integer, got {_described(value)}") from None
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     return number
@@ -117,7 +130,7 @@ def axis_index(axis: int, ndim: int) -> int:
     """One axis as an index in [0, ndim)."""
     index = integer("axis", axis)
     if ndim == 0:
-        raise ValueError(f"axis must be None for a scalar, got {index}")
+        raise ValueError(f"axis {index} needs an array of rank 1 or more, got a scalar")
     if not -ndim <= index < ndim:
         raise ValueError(
             f"axis must be in [{-ndim}, {ndim}) for an array of rank {ndim}, got {index}"
@@ -138,20 +151,26 @@ def axis_indices(axis: Axis, ndim: int) -> tuple[int, ...]:
 
 def axis_names(value: AxisName) -> AxisName:
     """The name of a mesh axis, or a tuple of them, or None."""
+    if value is None:
+        return None
     names = value if isinstance(value, tuple) else (value,)
-    if value is not None and not (names and all(isinstance(name, str) for name in names)):
+    if not (names and all(isinstance(name, str) for name in names)):
         raise TypeError(f"axis_name must be a string or a tuple of strings, got {value!r}")
+    try:
+        lax.axis_size(value)
+    except NameError:
+        raise ValueError(
+            "axis_name must name axes of the jax.shard_map or jax.vmap that this is called in, "
+            f"got {value!r}"
+        ) from None
     return value
 
 
 def temperature(value: ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
-    """A floating-point array that broadcasts to `shape` and is constant over `axes`, at least 0."""
-    t = broadcastable("temperature", real_array("temperature", value), shape)
-    sizes = dict(enumerate(t.shape, start=len(shape) - t.ndim))
-    if any(sizes.get(axis, 1) != 1 for axis in axes):
-        raise ValueError(
-            f"temperature must have size 1 on the axes {axes} of the classes, got shape {t.shape}"
-        )
+    """A floating-point array with size 1 on `axes` that broadcasts to `shape`, at least 0."""
+    one_per_row = tuple(1 if axis in axes else size for axis, size in enumerate(shape))
+    t = real_array("temperature", value)
+    t = broadcastable("temperature", t, one_per_row, ", one per row")
     if (x := known(value)) is not None and not (x >= 0).all():
         raise ValueError(f"temperature must be at least 0, got {x.min()}")
     return t
@@ -220,8 +239,8 @@ def class_labels(labels: Array, batch: tuple[int, ...], meaning: str) -> bool:
     if jnp.issubdtype(labels.dtype, jnp.integer):
         if labels.ndim == len(batch) + 1 and labels.shape[:-1] == batch:
             raise TypeError(
-                f"labels of shape {labels.shape}, with an axis of classes, must be floating "
-                f"probabilities, got dtype {labels.dtype}"
+                f"labels of dtype {labels.dtype} are classes and must have shape {meaning} = "
+                f"{batch}, and probabilities must be floating, got shape {labels.shape}"
             )
         has_shape("labels", labels, batch, meaning)
         return True

@@ -44,9 +44,8 @@ class Rows(NamedTuple):
         maximum = jnp.max(values, self.axes, keepdims=True, initial=-jnp.inf)
         return maximum if self.axis_name is None else lax.pmax(maximum, self.axis_name)
 
-    def any(self, where: Array, ndim: int) -> Array:
-        """Whether a row has an allowed entry; the mask broadcasts to an array of rank `ndim`."""
-        where = where.reshape((1,) * (ndim - where.ndim) + where.shape)
+    def any(self, where: Array) -> Array:
+        """Whether a row has an allowed entry."""
         found = jnp.any(where, self.axes, keepdims=True)
         if self.axis_name is None:
             return found
@@ -84,7 +83,7 @@ def shifted(x: Array, where: Array | None, rows: Rows) -> tuple[Array, Array]:
 
 def or_empty(value: Array, empty: float, where: Array | None, rows: Rows) -> Array:
     """A value per row, and `empty` for a row that is masked throughout."""
-    return value if where is None else jnp.where(rows.any(where, value.ndim), value, empty)
+    return value if where is None else jnp.where(rows.any(where), value, empty)
 
 
 def log_sum(d: Array, rows: Rows) -> Array:

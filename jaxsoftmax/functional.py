@@ -257,10 +257,12 @@ def _complex_logsumexp(
     axis_name: AxisName,
 ) -> Any:
     """`logsumexp` of complex numbers, as in jax.nn: the sign is S / |S|."""
-    a, b = _checks.array("a", a), 1.0 if b is None else b
-    b = jnp.asarray(b, a.dtype) if isinstance(b, (int, float, complex)) else _checks.array("b", b)
+    a, given = _checks.array("a", a), 1.0 if b is None else b
+    b = _checks.array("b", given)
+    # A Python number takes the precision of a.
+    dtypes = {a.dtype} if isinstance(given, (int, float, complex)) else {a.dtype, b.dtype}
     double = {jnp.dtype(jnp.float64), jnp.dtype(jnp.complex128)}
-    dtype = jnp.complex128 if double & {a.dtype, b.dtype} else jnp.complex64
+    dtype = jnp.complex128 if dtypes & double else jnp.complex64
     a, b = _checks.broadcast_together("a", a.astype(dtype), "b", b.astype(dtype))
     mask, rows = _mask_and_rows(a, axis, where, axis_name)
     total, m = _complex_sum(a, b, mask, rows)
@@ -319,7 +321,7 @@ def softmax_jacobian(
     jacobian = jnp.where(eye, off_diagonal.sum(-1, keepdims=True), -off_diagonal)
     if temperature is not None:
         t = _checks.temperature(temperature, x.shape, rows.axes).astype(p.dtype)
-        t = jnp.moveaxis(t.reshape((1,) * (x.ndim - t.ndim) + t.shape), index, -1)[..., None]
+        t = jnp.moveaxis(t, index, -1)[..., None]
         jacobian = jnp.where(t == 0, 0, jacobian / jnp.where(t == 0, 1, t))
     return jacobian.astype(x.dtype)
 

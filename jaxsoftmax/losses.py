@@ -46,25 +46,27 @@ def cross_entropy(
     Args:
       logits: (..., classes), real, the classes on `axis`.
       labels: integer classes in [0, classes), of the shape of `logits` less `axis`; or
-        probabilities, floating, of the shape of `logits`.
+        probabilities, floating, of the shape of `logits`, which need not sum to 1.
       axis: the axis of the classes, or several that are taken as one, numbered in the order given.
       where: classes that are allowed, boolean, broadcasting to the shape of `logits`; None for all.
-      label_smoothing: the share of each label that is spread over the allowed classes, a number in
-        [0, 1].
+      label_smoothing: the share of each label that is spread over the allowed classes of its row, a
+        number in [0, 1]. Exclude classes that only pad by `where`: at a logit of -inf their share
+        makes the loss +inf.
       class_weight: (classes,), real; None for 1. The weighted losses are not normalised.
       z_loss: the factor of the squared log-sum-exp, a number of at least 0.
       ignore_label: the integer label of examples that do not count: their loss and all its
-        derivatives are 0, whatever their logits.
-      axis_name: the mesh axis or axes over which the classes are sharded, inside `jax.shard_map`.
-        Integer labels then count over all shards, and each shard has them all; `class_weight` and
-        probabilities are sharded as `logits` are.
+        derivatives are 0, whatever their logits. For a mean divide the sum by the number of the
+        others.
+      axis_name: the mesh axis or axes over which the classes, on a single `axis`, are sharded
+        inside `jax.shard_map`. Integer labels then count over all shards, and each shard has them
+        all; `class_weight` and probabilities are sharded as `logits` are.
 
     Returns:
       Loss per example in nats, with the shape of `logits` less `axis`, in float32 or in float64 if
       `logits` or probabilities have it. It is +inf where a label stands on a masked class or on one
       with logit -inf, and NaN, with NaN derivatives, where an integer label is out of range, where
-      no allowed logit is above -inf, or where `label_smoothing` or `z_loss` is traced and out of
-      range. A probability or a weight of 0 contributes 0 everywhere.
+      there are allowed classes and all their logits are -inf, or where `label_smoothing` or
+      `z_loss` is traced and out of range. A probability or a weight of 0 contributes 0 everywhere.
 
     Raises:
       TypeError: an array argument is not real, `labels` is boolean, or of an integer dtype where
@@ -92,6 +94,8 @@ def cross_entropy(
     """
     logits, labels = _checks.real_array("logits", logits), _checks.label_array(labels)
     if isinstance(axis, Sequence):
+        if axis_name is not None:
+            raise ValueError(f"axis must be a single one with axis_name, got {axis!r}")
         logits, labels, where, axis = _flattened(logits, labels, where, axis)
     axis = _checks.axis_index(axis, logits.ndim)
     rows = Rows((axis,), _checks.axis_names(axis_name))
@@ -192,7 +196,9 @@ def _cross_entropy(
             loss = jnp.where(jnp.expand_dims(ignored, axis), 0, loss)
         if class_weight is not None:
             label = _locate(labels, logits.shape, rows)
-            own_weight = class_weight.astype(dtype)[label.position]
+            # Sharded as the labels are, which an explicit mesh wants to be told.
+            sharding = jax.typeof(label.position).sharding
+            own_weight = class_weight.astype(dtype).at[label.position].get(out_sharding=sharding)
             share = share * _from_owner(own_weight, label, rows)
         if class_weight is not None or smoothing is not None:
             loss = _product(share, loss)
@@ -294,11 +300,14 @@ def _terms(
 
 
 def _put(values: Array, own: ArrayLike, label: _Label, rows: Rows) -> Array:
-    """`values` with `own` at the labels that stand in this shard."""
+    """`values` with `own` at the labels that stand in this shard.
+
+    By a comparison: unlike a scatter it is elementwise under every sharding.
+    """
     (axis,) = rows.axes
-    if rows.axis_name is not None:
-        own = jnp.where(label.here, own, jnp.take_along_axis(values, label.position, axis))
-    return jnp.put_along_axis(values, label.position, own, axis, inplace=False)
+    shape = [1] * axis + [-1] + [1] * (values.ndim - axis - 1)
+    position = jnp.where(label.here, label.position, -1)
+    return jnp.where(jnp.arange(values.shape[axis]).reshape(shape) == position, own, values)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))

@@ -1,5 +1,6 @@
 """Softmax, log-softmax, log-sum-exp and their derivatives."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -325,6 +326,7 @@ def test_complex_sums_equal_scipy() -> None:
     where = np.array([[True, True, False], [True, True, True]])
     close = partial(np.testing.assert_allclose, rtol=20 * eps(WIDE))
     close(logsumexp(300 * a, 0), scipy.special.logsumexp(300 * np.asarray(a), 0))
+    close(logsumexp(a.real, b=2j), logsumexp(a.real, b=jnp.array(2j)))
     close(logsumexp(a, b=b), scipy.special.logsumexp(np.asarray(a), b=np.asarray(b)))
     value, sign = logsumexp(a, -1, b, True, True, where)
     wanted = scipy.special.logsumexp(np.asarray(a), -1, where * np.asarray(b), True, True)
@@ -712,7 +714,7 @@ def test_bad_inputs_are_named() -> None:
         ValueError, match=r"axis must not repeat, got \(0, -2\) for an array of rank 2"
     ):
         softmax(jnp.zeros((2, 3)), (0, -2))
-    with pytest.raises(ValueError, match="axis must be None for a scalar, got -1"):
+    with pytest.raises(ValueError, match="axis -1 needs an array of rank 1 or more, got a scalar"):
         softmax(jnp.zeros(()))
     with pytest.raises(TypeError, match="x must hold real numbers, got dtype complex64"):
         softmax(jnp.zeros(2, jnp.complex64))
@@ -724,6 +726,27 @@ def test_bad_inputs_are_named() -> None:
         logsumexp(np.array("abc"))
     with pytest.raises(TypeError, match=r"axis must be an integer, got \(0, 1\)"):
         softmax_jacobian(jnp.zeros((2, 3)), (0, 1))  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"axis must be .* got an array of shape \(3,\) and dtype b"
+    ):
+        softmax(jnp.zeros((2, 3)), jnp.ones(3, bool))  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"axis must be .* got a tracer; name it in static_argnames"
+    ):
+        jax.jit(softmax)(jnp.zeros((2, 3)), 0)
+    with pytest.raises(ValueError, match=r"axis_name must name axes .* called in, got 'classes'"):
+        softmax(jnp.zeros(3), axis_name="classes")
+
+
+@pytest.mark.single
+def test_no_rank_is_promoted() -> None:
+    x, where, t = jnp.zeros((2, 3)), np.array([True, False, True]), jnp.array([2.0])
+    with jax.numpy_rank_promotion("raise"):
+        for f in (softmax, log_softmax, softmax_jacobian):
+            f(x, where=where, temperature=t)
+        logsumexp(x, -1, jnp.ones(3), where=where)
+        entropy(x, where=where)
+        kl_divergence(x, x, where=where)
 
 
 # Entropy and divergence
@@ -831,9 +854,11 @@ def test_bad_arguments_of_entropy_divergence_and_temperature_are_named() -> None
             f(x, temperature=-1.0)
         with pytest.raises(ValueError, match="temperature must be at least 0, got nan"):
             f(x, temperature=np.array([[1.0], [nan]]))
-        with pytest.raises(ValueError, match=r"temperature must broadcast to shape \(2, 3\)"):
-            f(x, temperature=np.ones(2))
-        with pytest.raises(ValueError, match=r"size 1 on the axes \(1,\) .* got shape \(2, 3\)"):
-            f(x, temperature=np.ones((2, 3)))
+        for t in (np.ones(2), np.ones((2, 3)), np.ones((1, 2, 1))):
+            message = (
+                rf"broadcast to shape \(2, 1\), one per row, got shape {re.escape(str(t.shape))}"
+            )
+            with pytest.raises(ValueError, match=message):
+                f(x, temperature=t)
         with pytest.raises(TypeError, match="temperature must hold real numbers, got dtype compl"):
             f(x, temperature=1j)

@@ -169,3 +169,26 @@ def test_an_axis_of_vmap_may_span_the_row() -> None:
     x = logits()[0]
     p = jax.vmap(lambda x: softmax(x, axis=(), axis_name="k"), axis_name="k")(x)
     close(p, softmax(x))
+
+
+@pytest.mark.single
+def test_examples_may_be_sharded_over_an_explicit_axis() -> None:
+    """What `jax.make_mesh` makes by default."""
+    z, labels = jnp.tile(jnp.maximum(logits(), -9), (8, 1)), jnp.tile(jnp.asarray(LABELS), 8)
+    options: dict[str, Any] = {"class_weight": weights, "ignore_label": 13, **OPTIONS}
+
+    def value_and_gradient(z: jax.Array, labels: jax.Array) -> Any:
+        def total(z: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.sin(cross_entropy(z, labels, **options)))
+
+        return cross_entropy(z, labels, **options), jax.value_and_grad(total)(z)
+
+    shards = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    whole = value_and_gradient(z, labels)
+    with jax.set_mesh(shards):
+        arguments = (
+            jax.device_put(part, jax.NamedSharding(shards, P("data"))) for part in (z, labels)
+        )
+        ours = jax.jit(value_and_gradient)(*arguments)
+    assert ours[1][1].sharding.spec == P("data", None)
+    jax.tree.map(close, jax.device_get(ours), whole)

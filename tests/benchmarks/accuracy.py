@@ -2,11 +2,19 @@
 
     python -m tests.benchmarks.accuracy [dtype ...]
 
-Each column shows the largest error and the 99.9 % quantile over all entries, in units of the
-dtype's eps times the scale of the quantity (tests/exact.py): a value's own size, the larger of
-|value| and |maximum| for log-sum-exp, and sum_j |J_ij| |v_j| for a derivative. "bound" is our
-largest error over what tests/test_accuracy.py allows, "rounded" the share of our entries that are
-the exact value rounded once.
+All four dtypes take about 10 minutes on two cores. Rows of logits by kind: normal ones of 3, 100
+and 70000 entries; all equal; one dominant entry with a gap of 0 to 80 to the next; large common
+offsets; entries that differ by a few eps; masked ones. An indented line is a derivative of the
+function above it. "class" is the loss of an integer label, "probs" that of a row of probabilities.
+
+A column shows the largest error and the 99.9 % quantile over all entries, in units of the eps of
+the input's dtype times the scale of the quantity: a value's own size, for log-sum-exp the larger of
+|value| and |maximum|, for the derivative J v of an entry i sum_j |J_ij| |v_j|. So 1 / eps or more
+means that no digit is right. "-" is what a library does not have, or not in this dtype.
+
+For our results "bound" is the largest error over what the test suite allows, and "rounded" the
+share of entries that are the exact value rounded once, both in the dtype of the result, which for a
+loss is never below float32.
 """
 
 import importlib.util
@@ -95,6 +103,7 @@ def by_torch(torch: Any, quantity: Quantity, inputs: Inputs) -> Any:
 
 def main(names: list[str]) -> None:
     packages = ["jaxsoftmax", "jax", "jaxlib", "optax", "scipy", "mpmath"]
+    print(__doc__)
     print(environment(*packages, *(["torch"] if torch else [])))
     columns = [*LIBRARIES, "scipy", *(["torch"] if torch else [])]
     for dtype_name in names or DTYPES:
