@@ -24,11 +24,16 @@ def known(value: ArrayLike) -> NDArray[Any] | None:
 
     Checks of values work on these: inside a trace jax.numpy makes tracers even of known numbers.
     """
+    if not isinstance(value, Array) and hasattr(value, "__jax_array__"):
+        value = value.__jax_array__()
     if isinstance(value, jax.core.Tracer):
         return None
     if isinstance(value, Array) and not value.is_fully_addressable:
         return None
-    return np.asarray(value)
+    try:
+        return np.asarray(value)
+    except jax.errors.TracerArrayConversionError:  # a list of tracers
+        return None
 
 
 def _described(value: Any) -> str:
@@ -44,17 +49,33 @@ def array(name: str, value: ArrayLike) -> Array:
         return value
     try:
         return jnp.asarray(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name} must be an array of numbers, got {value!r}") from error
 
 
-def label_array(value: ArrayLike) -> Array:
+def own_dtype(value: ArrayLike) -> Any:
+    """The inexact dtype that a value has, or None: numbers of Python, weakly typed arrays and
+    integers take that of another."""
+    if not isinstance(value, (Array, np.ndarray, np.generic)):
+        return None
+    if isinstance(value, Array) and jax.typeof(value).weak_type:
+        return None
+    dtype = jax.dtypes.canonicalize_dtype(value.dtype)
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else None
+
+
+def label_array(value: ArrayLike, ignore_label: int | None = None) -> Array:
     """Labels as a JAX array; integers too large for its dtype stay out of range, unwrapped."""
-    if not isinstance(value, Array):
-        labels = np.asarray(value)
-        if np.issubdtype(labels.dtype, np.integer):
-            limits = np.iinfo(jax.dtypes.canonicalize_dtype(labels.dtype))
-            value = labels.clip(limits.min, limits.max)
+    if isinstance(value, Array):
+        return value
+    try:
+        labels = known(value)
+    except (TypeError, ValueError):  # `array` says it
+        labels = None
+    if labels is not None and np.issubdtype(labels.dtype, np.integer):
+        limits = np.iinfo(jax.dtypes.canonicalize_dtype(labels.dtype))
+        beyond = limits.max - (ignore_label == limits.max)
+        value = np.where((labels < limits.min) | (labels > limits.max), beyond, labels)
     return array("labels", value)
 
 

@@ -19,19 +19,17 @@ Conventions, the same in the whole module:
   of the mass.
 """
 
-from functools import partial
 from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Inexact, Shaped
 
 from jaxsoftmax import _checks, _rows
 from jaxsoftmax._checks import Axis, AxisName
-from jaxsoftmax._rows import Rows, compute_dtype, keep, wide
+from jaxsoftmax._rows import Rows, compute_dtype, wide
 
 
 def softmax(
@@ -218,26 +216,24 @@ def logsumexp(
       Blanchard, Higham, Higham (2021), Accurately computing the log-sum-exp and softmax functions,
       eq. 1.4.
     """
-    if any(
-        v is not None and jnp.iscomplexobj(_checks.array(n, v)) for n, v in (("a", a), ("b", b))
-    ):
-        return _complex_logsumexp(a, axis, b, keepdims, return_sign, where, axis_name)
+    given = [value for value in (a, b) if value is not None]
+    a, b = _checks.array("a", a), None if b is None else _checks.array("b", b)
+    if jnp.iscomplexobj(a) or (b is not None and jnp.iscomplexobj(b)):
+        b = jnp.ones((), a.dtype) if b is None else b
+        return _complex_logsumexp(a, b, axis, keepdims, return_sign, where, axis_name, given)
     a = _checks.real_array("a", a)
     dtype = a.dtype
     if b is not None:
-        b, given = _checks.real_array("b", b), b
-        # Numbers and integers take the dtype of a.
-        if isinstance(given, (Array, np.ndarray)) and jnp.issubdtype(given.dtype, jnp.floating):
-            dtype = dtype if dtype == b.dtype else jnp.dtype(compute_dtype(dtype, b.dtype))
+        b = _checks.real_array("b", b)
+        dtypes = {*map(_checks.own_dtype, given)} - {None} or {dtype}
+        dtype = dtypes.pop() if len(dtypes) == 1 else jnp.dtype(compute_dtype(*dtypes))
         a, b = (v.astype(compute_dtype(dtype)) for v in (a, b))
         a, b = _checks.broadcast_together("a", a, "b", b)
     mask, rows = _mask_and_rows(a, axis, where, axis_name)
     if b is None:
         value = _logsumexp(a, mask, rows)
-        least = jnp.finfo(value.dtype).min
-        sign = jnp.sign(jnp.maximum(value, least) - least) if return_sign else value
+        sign = jnp.where(jnp.isnan(value), value, jnp.where(value == -jnp.inf, 0, 1))
     else:
-        b = b if mask is None else jnp.where(mask, b, 0)
         value, sign = _weighted_logsumexp(a, b, mask, rows)
         if not return_sign:
             value = _rows.only_if(sign >= 0, value)
@@ -248,30 +244,29 @@ def logsumexp(
 
 
 def _complex_logsumexp(
-    a: ArrayLike,
+    a: Array,
+    b: Array,
     axis: Axis,
-    b: ArrayLike | None,
     keepdims: bool,
     return_sign: bool,
     where: ArrayLike | None,
     axis_name: AxisName,
+    given: list[Any],
 ) -> Any:
     """`logsumexp` of complex numbers, as in jax.nn: the sign is S / |S|."""
-    a, given = _checks.array("a", a), 1.0 if b is None else b
-    b = _checks.array("b", given)
-    # A Python number takes the precision of a.
-    dtypes = {a.dtype} if isinstance(given, (int, float, complex)) else {a.dtype, b.dtype}
     double = {jnp.dtype(jnp.float64), jnp.dtype(jnp.complex128)}
+    dtypes = {*map(_checks.own_dtype, given)} - {None} or {a.dtype}
     dtype = jnp.complex128 if dtypes & double else jnp.complex64
     a, b = _checks.broadcast_together("a", a.astype(dtype), "b", b.astype(dtype))
     mask, rows = _mask_and_rows(a, axis, where, axis_name)
-    total, m = _complex_sum(a, b, mask, rows)
+    value, _ = _weighted_logsumexp(a, b, mask, rows)
     if not keepdims:
-        total, m = jnp.squeeze(total, rows.axes), jnp.squeeze(m, rows.axes)
+        value = jnp.squeeze(value, rows.axes)
     if not return_sign:
-        return jnp.log(total) + m.astype(dtype)
-    size = jnp.abs(total)
-    return jnp.log(size) + m, total / jnp.where(size == 0, 1, size).astype(dtype)
+        return value
+    size, angle = value.real, value.imag
+    sign = jnp.exp(lax.complex(jnp.zeros_like(angle), angle))
+    return size, jnp.where(size == -jnp.inf, 0, sign)
 
 
 def softmax_jacobian(
@@ -374,8 +369,8 @@ def kl_divergence(
 
     .. math:: D(q \| p) = \sum_k q_k \log\frac{q_k}{p_k}, \qquad q = \sigma(t), \; p = \sigma(z)
 
-    It is summed as :math:`q_k \log(q_k / p_k) - q_k + p_k`, terms that are never negative, so that
-    it keeps its digits between distributions that are close.
+    It is summed in terms that are never negative, so that it and its derivatives keep their digits
+    between distributions that are close.
 
     Args:
       logits: z of the model, any shape, real.
@@ -433,64 +428,11 @@ def _mask_and_rows(
     return _checks.mask_array("where", where, x.shape), rows
 
 
-@partial(jax.jit, static_argnums=3)
-def _tempered(x: Array, temperature: Array, where: Array | None, rows: Rows) -> Array:
-    """(x - m) / T with the maximum m, in the dtype to compute in; at T = 0 its limit, 0 or -inf.
-
-    Where the derivative with respect to T would overflow it is 0, as in that limit.
-    """
-    x = keep(where, wide(x))
-    t = _rows.only_if(temperature >= 0, temperature.astype(x.dtype))
-    info = jnp.finfo(x.dtype)
-    m = jnp.maximum(rows.max(keep(where, lax.stop_gradient(x), -jnp.inf)), info.min)
-    d = x - m
-    cold = t < info.tiny
-    t = jnp.where(cold, 1, t)
-    steep = ~jnp.isfinite(d * (1 / t) * (1 / t))
-    fixed = lax.stop_gradient(jnp.where(d == -jnp.inf, d, d / t))
-    warm = jnp.where(steep, fixed, _divide(jnp.where(steep, 0, d), t))
-    # x >= m rather than d == 0: inside a larger jit d may come from a fused multiply-add. m - m is
-    # NaN for a row with +inf.
-    return jnp.where(cold, jnp.where(x >= m, m - m, -jnp.inf), warm)
-
-
-@jax.custom_jvp
-def _divide(d: Array, t: Array) -> Array:
-    """d / t, with a derivative that has no t**2, which may underflow.
-
-    XLA would make one of d / t / t too.
-    """
-    return d / t
-
-
-@_divide.defjvp
-def _divide_jvp(primals: Any, tangents: Any) -> Any:
-    (d, t), (dd, dt) = primals, tangents
-    u, inverse = _divide(d, t), 1 / t
-    return u, dd * inverse - u * inverse * dt
-
-
-@partial(jax.jit, static_argnums=2)
-def _entropy(z: Array, where: Array | None, rows: Rows) -> Array:
-    p, log_p = _rows.softmax(z, where, rows, False), _rows.log_softmax(z, where, rows)
-    return rows.sum(p * -jnp.where(log_p == -jnp.inf, 0, log_p))
-
-
-@partial(jax.jit, static_argnums=3)
-def _kl_divergence(z: Array, t: Array, where: Array | None, rows: Rows) -> Array:
-    p, log_p = _rows.softmax(z, where, rows, False), _rows.log_softmax(z, where, rows)
-    q, log_q = _rows.softmax(t, where, rows, False), _rows.log_softmax(t, where, rows)
-    no_target, no_model = log_q == -jnp.inf, log_p == -jnp.inf
-    neither = no_target | no_model
-    u = jnp.where(neither, 0, log_p) - jnp.where(neither, 0, log_q)
-    far = u > 1
-    terms = jnp.where(far, p - q - q * u, q * (jnp.expm1(jnp.where(far, 1, u)) - u))
-    return rows.sum(jnp.where(no_target, p, jnp.where(no_model, jnp.inf, terms)))
-
-
 # Called outside jit, each is one compiled program, as in jax.nn.
 _softmax = jax.jit(_rows.softmax, static_argnums=(2, 3))
 _log_softmax = jax.jit(_rows.log_softmax, static_argnums=(2,))
 _logsumexp = jax.jit(_rows.logsumexp, static_argnums=(2,))
 _weighted_logsumexp = jax.jit(_rows.weighted_logsumexp, static_argnums=(3,))
-_complex_sum = jax.jit(_rows.complex_sum, static_argnums=(3,))
+_tempered = jax.jit(_rows.tempered, static_argnums=(3,))
+_entropy = jax.jit(_rows.entropy, static_argnums=(2,))
+_kl_divergence = jax.jit(_rows.kl_divergence, static_argnums=(3,))

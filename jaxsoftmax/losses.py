@@ -92,10 +92,14 @@ def cross_entropy(
       Rethinking the Inception architecture for computer vision, section 7 (label smoothing).
       Chowdhery et al. (2022), PaLM, section 5 (z-loss).
     """
-    logits, labels = _checks.real_array("logits", logits), _checks.label_array(labels)
+    logits = _checks.real_array("logits", logits)
+    if ignore_label is not None:
+        ignore_label = _checks.integer("ignore_label", ignore_label)
+    labels = _checks.label_array(labels, ignore_label)
     if isinstance(axis, Sequence):
-        if axis_name is not None:
-            raise ValueError(f"axis must be a single one with axis_name, got {axis!r}")
+        if not axis or axis_name is not None:
+            expected = "name an axis" if axis_name is None else "be a single one with axis_name"
+            raise ValueError(f"axis must {expected}, got {axis!r}")
         logits, labels, where, axis = _flattened(logits, labels, where, axis)
     axis = _checks.axis_index(axis, logits.ndim)
     rows = Rows((axis,), _checks.axis_names(axis_name))
@@ -105,8 +109,6 @@ def cross_entropy(
         _checks.has_shape("labels", labels, logits.shape, "(shape of logits)")
         if ignore_label is not None:
             raise ValueError("ignore_label needs integer labels, got probabilities")
-    elif ignore_label is not None:
-        ignore_label = _checks.integer("ignore_label", ignore_label)
     if class_weight is not None:
         weight = _checks.real_array("class_weight", class_weight)
         class_weight = _checks.has_shape(
@@ -141,8 +143,8 @@ def _flattened(
     mask = _checks.mask_array("where", where, logits.shape)
     if mask is not None:
         mask = flat(jnp.broadcast_to(mask, logits.shape))
-    if labels.shape == logits.shape:
-        labels = flat(labels)
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        labels = flat(_checks.has_shape("labels", labels, logits.shape, "(shape of logits)"))
     return flat(logits), labels, mask, -1
 
 
@@ -175,10 +177,14 @@ def _cross_entropy(
         counted = jnp.expand_dims(~ignored, axis)
         where = counted if where is None else where & counted
 
-    weight: Any = 1.0
-    if class_weight is not None:
+    def weighted(shares: Any) -> Any:
+        """Shares of the classes times their weights; masked ones and those without a share count
+        for nothing, whatever their weight."""
+        if class_weight is None:
+            return shares
         shape = [1] * axis + [-1] + [1] * (logits.ndim - axis - 1)
-        weight = class_weight.astype(dtype).reshape(shape)
+        return _product(shares, keep(where, class_weight.astype(dtype).reshape(shape)))
+
     share: Any = 1.0  # of the label, and of each allowed class
     spread: Any = 0.0
     if smoothing is not None:
@@ -189,25 +195,30 @@ def _cross_entropy(
         share, spread = 1 - smoothing, keep(where, smoothing / jnp.maximum(n, 1))
 
     if probabilities:
-        loss = _expectation(weight * (share * labels.astype(dtype) + spread), logits, where, rows)
+        shares = weighted(share * labels.astype(dtype) + spread)
+        loss = _expectation(shares, logits, where, rows)
     else:
         loss = _integer_cross_entropy(logits, labels, where, rows)
         if ignored is not None:
             loss = jnp.where(jnp.expand_dims(ignored, axis), 0, loss)
-        if class_weight is not None:
+        if class_weight is not None and logits.shape[axis]:
             label = _locate(labels, logits.shape, rows)
             # Sharded as the labels are, which an explicit mesh wants to be told.
             sharding = jax.typeof(label.position).sharding
             own_weight = class_weight.astype(dtype).at[label.position].get(out_sharding=sharding)
-            share = share * _from_owner(own_weight, label, rows)
+            own_weight = _from_owner(own_weight, label, rows)
+            if ignored is not None:
+                own_weight = jnp.where(jnp.expand_dims(ignored, axis), 0, own_weight)
+            share = _product(share, own_weight)
         if class_weight is not None or smoothing is not None:
             loss = _product(share, loss)
         if smoothing is not None:
-            loss = loss + _expectation(weight * spread, logits, where, rows)
+            loss = loss + _expectation(weighted(spread), logits, where, rows)
     if z_loss is not None:
         factor = _rows.only_if(z_loss >= 0, z_loss.astype(dtype))
         log_z = _rows.logsumexp(logits, where, rows)
-        loss = loss + factor * jnp.where(log_z == -jnp.inf, 0, log_z) ** 2
+        log_z = jnp.where(log_z == -jnp.inf, 0, log_z)
+        loss = loss + factor * log_z * log_z  # in this order it overflows only if it is too large
     return jnp.squeeze(loss, axis)
 
 
@@ -306,8 +317,8 @@ def _put(values: Array, own: ArrayLike, label: _Label, rows: Rows) -> Array:
     """
     (axis,) = rows.axes
     shape = [1] * axis + [-1] + [1] * (values.ndim - axis - 1)
-    position = jnp.where(label.here, label.position, -1)
-    return jnp.where(jnp.arange(values.shape[axis]).reshape(shape) == position, own, values)
+    classes = jnp.arange(values.shape[axis], dtype=jnp.int32).reshape(shape)
+    return jnp.where(classes == jnp.where(label.here, label.position, -1), own, values)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))

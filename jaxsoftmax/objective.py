@@ -53,7 +53,7 @@ def linear_logits(
     r"""Logits of a linear model, :math:`z = W x + b`.
 
     Args:
-      params: weights (classes, features) and bias (classes,).
+      params: weights (classes, features) and bias (classes,), real.
       features: (..., features), real; cast to the dtype of the weights.
 
     Returns:
@@ -61,8 +61,8 @@ def linear_logits(
       probabilities.
 
     Raises:
-      TypeError: `features` is not real.
-      ValueError: the last axis of `features` is not that of the weights.
+      TypeError: `features`, the weights or the bias are not real.
+      ValueError: the weights have not rank 2, or the bias or `features` do not fit them.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,14 +71,18 @@ def linear_logits(
       >>> linear_logits(params, jnp.array([[3.0, 1.0]]))
       Array([[3.5, 2. ]], dtype=float32)
     """
-    features = _checks.real_array("features", features)
-    width = params.weights.shape[-1]
-    if features.ndim == 0 or features.shape[-1] != width:
+    weights, bias = (_checks.real_array(*part) for part in params._asdict().items())
+    if weights.ndim != 2:
+        raise ValueError(f"weights must have shape (classes, features), got shape {weights.shape}")
+    classes, width = weights.shape
+    _checks.has_shape("bias", bias, (classes,), "(classes,)")
+    x = _checks.real_array("features", features)
+    if x.ndim == 0 or x.shape[-1] != width:
         raise ValueError(
-            f"features must have shape (..., {width}) to fit weights of shape "
-            f"{params.weights.shape}, got shape {features.shape}"
+            f"features must have shape (..., {width}) to fit weights of shape {weights.shape}, "
+            f"got shape {x.shape}"
         )
-    return features.astype(params.weights.dtype) @ params.weights.T + params.bias
+    return x.astype(weights.dtype) @ weights.T + bias
 
 
 def make_problem(

@@ -10,6 +10,7 @@ import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 import scipy.special
@@ -25,7 +26,7 @@ from jaxsoftmax import (
     softmax,
     softmax_jacobian,
 )
-from tests import helpers
+from tests import exact, helpers
 from tests.helpers import CASE_IDS, CASES, DTYPES, WIDE, Case, eps
 
 pytestmark = pytest.mark.usefixtures("fresh_programs")
@@ -314,6 +315,47 @@ def test_an_exponent_of_factor_zero_may_overflow() -> None:
     np.testing.assert_allclose(mixed, np.exp(3) * np.array([[0, -1], [0, 1]]), 4 * eps(WIDE))
 
 
+def test_the_largest_term_decides_not_the_largest_exponent() -> None:
+    a = jnp.array([[50.0, -50.0, 0.0], [-100.0, 1.0, -50.0], [110.0, 0.0, -inf]], WIDE)
+    b = jnp.array([[1e-30, 1e30, 0.0], [1e30, 1e-30, -1.0], [1e-30, 1e30, 1e35]], WIDE)
+    value, sign = logsumexp(a, -1, b, return_sign=True)
+    wanted = scipy.special.logsumexp(np.asarray(a, np.float64), -1, np.asarray(b), return_sign=True)
+    np.testing.assert_allclose(value, wanted[0], 4 * eps(WIDE))
+    np.testing.assert_array_equal(sign, wanted[1])
+    gradient = jax.grad(lambda a: logsumexp(a, -1, b).sum())(a)
+    log_b = np.log(np.maximum(np.abs(np.asarray(b, np.float64)), 1e-300))
+    shares = np.sign(b) * np.exp(np.asarray(a, np.float64) + log_b - wanted[0][:, None])
+    np.testing.assert_allclose(gradient, shares * wanted[1][:, None], 200 * eps(WIDE), eps(WIDE))
+
+
+@pytest.mark.single
+def test_infinities_with_factors() -> None:
+    for b, sign in (([1.0, 1.0], 1), ([-1.0, 1.0], -1), ([2.0, -1.0], 1)):
+        result = logsumexp(jnp.array([inf, 0.0]), b=jnp.array(b), return_sign=True)
+        np.testing.assert_array_equal(result, [inf, sign])
+    assert logsumexp(jnp.zeros(2), b=jnp.array([inf, 1.0])) == inf
+    largest = float(jnp.finfo(jnp.float32).max)
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        result = jacobian(lambda b: logsumexp(jnp.array([1000.0, 0.0]), b=b))(jnp.array([0.0, 1.0]))
+        np.testing.assert_array_equal(result, [np.float32(largest), 1])
+
+
+def test_a_row_of_the_least_number_is_not_empty() -> None:
+    a = jnp.full(2, jnp.finfo(WIDE).min)
+    for f in (logsumexp, lambda a: logsumexp(a, b=jnp.ones(2, WIDE))):
+        np.testing.assert_array_equal(jax.grad(f)(a), [0.5, 0.5])
+    assert logsumexp(a, return_sign=True)[1] == 1
+
+
+@pytest.mark.single
+def test_the_dtype_with_factors_is_that_of_jax() -> None:
+    low: Any = jnp.ones(2, jnp.float16)
+    factors: list[Any] = [2, 2.0, np.float32(2), jnp.asarray(2.0), jnp.ones(2, jnp.bfloat16)]
+    with jax.numpy_dtype_promotion("standard"):
+        for a, b in [*((low, b) for b in factors), (1.0, low), (2, low)]:
+            assert logsumexp(a, b=b).dtype == jax.nn.logsumexp(a, b=b).dtype
+
+
 def test_factors_broadcast_with_the_exponents() -> None:
     a, b = normal(4), jnp.abs(normal(3, 1))
     for axis in (0, -1, None):
@@ -334,6 +376,29 @@ def test_complex_sums_equal_scipy() -> None:
     close(sign, wanted[1])
     assert value.dtype == sign.real.dtype == WIDE
     assert jnp.isfinite(jax.grad(lambda a: logsumexp(a, where=where), holomorphic=True)(a)).all()
+
+
+def test_complex_sums_keep_the_contract_of_real_ones() -> None:
+    dtype = jnp.complex128 if jnp.float64 == WIDE else jnp.complex64
+    close = partial(np.testing.assert_allclose, rtol=4 * eps(WIDE))
+    tail = logsumexp(jnp.array([0, -30], dtype))
+    close(tail.real, np.exp(-30.0))
+    where = jnp.array([[True, True], [False, False], [True, True]])
+    a = jnp.array([[0, 0], [-1000, 0], [-inf, -inf]], dtype)
+
+    def total(a: jax.Array, b: jax.Array) -> jax.Array:
+        log = logsumexp(a, -1, b, where=where).real
+        return jnp.sum(jnp.where(jnp.isfinite(log), log, 0))
+
+    for gradient in jax.grad(total, (0, 1))(a, jnp.ones((3, 2), WIDE)):
+        np.testing.assert_array_equal(gradient, [[0.5, 0.5], [0, 0], [0, 0]])
+    zero_factor = jnp.array([2.0, 0.0, 5.0], WIDE)
+    gradient = jax.grad(lambda b: logsumexp(jnp.zeros(3, dtype), b=b).real)(zero_factor)
+    close(gradient, [1 / 7] * 3)
+    rows = jnp.asarray(np.random.default_rng(0).uniform(1e10, 3e11, (192, 8)), WIDE)
+    third, zero = jnp.array(1 / 3, WIDE), jnp.zeros((), WIDE)
+    result = jax.jit(lambda x: logsumexp(lax.complex(x * third, x * zero), 1))(rows)
+    close(result.real, logsumexp(rows * third, 1))
 
 
 @pytest.mark.single
@@ -404,6 +469,35 @@ def test_extreme_temperatures_give_no_nan(f: Callable[..., Any], t: float) -> No
 
     for g in (jax.value_and_grad(total, (0, 1)), jax.jit(jax.value_and_grad(total, (0, 1)))):
         assert not any(jnp.isnan(leaf).any() for leaf in jax.tree.leaves(g(x, jnp.array(t))))
+
+
+def test_what_has_no_probability_leaves_the_derivatives_in_the_temperature() -> None:
+    """Logits 1 and 2 with a third one far below, or masked, and a row that is masked throughout."""
+
+    def second_derivative(t: float) -> float:
+        p = 1 / (1 + np.exp(1 / t))
+        return float(p * (1 - p) * ((1 - 2 * p) / t**4 - 2 / t**3))
+
+    x = jnp.array([[1.0, 2.0, 0.0], [1.0, 2.0, 3.0]], WIDE)
+    mask = jnp.array([[True, True, False], [False, False, False]])
+
+    @jax.jit
+    @jax.hessian
+    def hessians(t: jax.Array, low: jax.Array) -> Any:
+        far = softmax(x[0].at[2].set(low), temperature=t)[0]
+        return far, softmax(x, where=mask, temperature=t)[:, 0]
+
+    for t in (0.05, 1.0, 1.2):
+        for low in (float(jnp.finfo(WIDE).min), -1e35, -inf):
+            far, masked = hessians(jnp.array(t, WIDE), jnp.array(low, WIDE))
+            np.testing.assert_allclose(far, second_derivative(t), 1e-4)
+            np.testing.assert_allclose(masked, [second_derivative(t), 0], 1e-4)
+
+
+@pytest.mark.parametrize(("low", "t"), [(-1e38, 0.5), (-1.0, 1e-20), (-inf, 2.0)])
+def test_the_derivative_in_the_temperature_may_overflow_alone(low: float, t: float) -> None:
+    jacobian = jax.jacobian(lambda x: log_softmax(x, temperature=t))(jnp.array([0.0, low], WIDE))
+    np.testing.assert_allclose(jacobian, np.array([[0, 0], [-1, 1]]) / t, 4 * eps(WIDE))
 
 
 @pytest.mark.usefixtures("no_debug_nans")
@@ -499,6 +593,22 @@ def test_each_rule_keeps_one_residual_in_the_dtype_of_the_input(
         (residual,) = jax.tree.leaves(vjp)
         assert residual.shape == x.shape
         assert residual.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        entropy,
+        lambda x: kl_divergence(x, jnp.ones_like(x)),
+        lambda x: softmax(x, temperature=1.5),
+        lambda x: log_softmax(x, temperature=1.5),
+    ],
+    ids=["entropy", "kl_divergence", "softmax at T", "log_softmax at T"],
+)
+def test_one_residual_of_the_size_of_the_input(f: Callable[..., Any]) -> None:
+    x = normal(3, 4)
+    for vjp in (jax.vjp(f, x)[1], jax.vjp(jax.jit(f), x)[1]):
+        assert sum(residual.shape == x.shape for residual in jax.tree.leaves(vjp)) == 1
 
 
 @pytest.mark.single
@@ -775,6 +885,27 @@ def test_entropy_and_divergence_equal_their_definitions() -> None:
         close(kl_divergence(z.T, t.T, 0, turned), kl_divergence(z, t, where=mask))
 
 
+@pytest.mark.parametrize("step", [1e2, 1e1, 1.0, 1e-1, 1e-3, 1e-6])
+def test_the_divergence_keeps_its_digits_between_close_distributions(step: float) -> None:
+    random = np.random.default_rng(0)
+    t = jnp.asarray(3 * random.normal(size=(30, 5)), WIDE)
+    z = t + jnp.asarray(step * random.normal(size=(30, 5)), WIDE)
+    with mpmath.workdps(60):
+        p, q = (exact.make_rows(x) for x in (z, t))
+        log_p, log_q = (np.stack([exact.log_softmax(row)[0] for row in part]) for part in (p, q))
+        shares_p, shares_q = (np.stack([row.p for row in part]) for part in (p, q))
+        value = (shares_q * (log_q - log_p)).sum(1)
+        of_target = shares_q * (log_q - log_p - value[:, None])
+        gradients = [part.astype(float) for part in (shares_p - shares_q, of_target)]
+    ours = jax.vmap(jax.value_and_grad(kl_divergence, (0, 1)))(z, t)
+    np.testing.assert_allclose(ours[0], value.astype(float), 32 * eps(WIDE))
+    # The rounding of z - m enters both by up to half of the largest gap.
+    tolerance = (32 + np.ptp(z, axis=1).max()) * eps(WIDE)
+    for derivative, wanted in zip(ours[1], gradients, strict=True):
+        scale = np.abs(wanted).max(1, keepdims=True)
+        np.testing.assert_allclose(derivative / scale, wanted / scale, 0, tolerance)
+
+
 @pytest.mark.single
 def test_entropy_and_divergence_are_computed_in_float32() -> None:
     z = normal(3, 5).astype(jnp.bfloat16)
@@ -797,6 +928,8 @@ def test_the_divergence_at_impossible_classes() -> None:
         assert jnp.isfinite(gradient).all()
     assert kl_divergence(z, z) == 0
     assert kl_divergence(sure, z) == inf
+    share = 1 / (1 + np.exp(-1))
+    np.testing.assert_allclose(jax.grad(kl_divergence)(sure, z), [share, -share, 0], 4 * eps(WIDE))
     for gradient in jax.grad(kl_divergence, (0, 1))(sure, z):
         assert jnp.isfinite(gradient).all()
 

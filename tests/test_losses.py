@@ -1,7 +1,7 @@
 """Cross-entropy with integer and probability labels."""
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import hypothesis
 import hypothesis.strategies as st
@@ -473,7 +473,68 @@ def test_a_smoothed_integer_equals_its_smoothed_one_hot_row_and_a_mask_a_dropped
     same(loss, cross_entropy(row[where], dropped, label_smoothing=smoothing))
 
 
+# Zero times infinity
+
+
+@pytest.mark.single
+@pytest.mark.usefixtures("no_debug_nans")
+@pytest.mark.parametrize("big", [inf, nan])
+def test_a_weight_that_does_not_count_reaches_nothing(big: float) -> None:
+    z, half = jnp.zeros((2, 2)), np.log(2)
+
+    def value_and_gradient(labels: Any, weight: list[float], **options: Any) -> Any:
+        def total(z: jax.Array) -> Any:
+            loss = cross_entropy(z, labels, class_weight=np.array(weight), **options)
+            return loss.sum(), loss
+
+        (_, loss), gradient = jax.value_and_grad(total, has_aux=True)(z)
+        return loss, gradient
+
+    ignored = {"ignore_label": -1}
+    loss, gradient = value_and_gradient(jnp.array([-1, 1]), [big, 1.0], **ignored)
+    close(loss, [0, half])
+    close(gradient, [[0, 0], [0.5, -0.5]])
+    masked = {"where": np.array([True, False]), "label_smoothing": 0.1}
+    for labels in (jnp.array([0, 0]), jnp.array([[1.0, 0.0], [1.0, 0.0]])):
+        loss, gradient = value_and_gradient(labels, [1.0, big], **masked)
+        close(loss, [0, 0])
+        close(gradient, np.zeros((2, 2)))
+    if big == inf:
+        labels = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+        close(cross_entropy(z, labels, class_weight=np.array([1.0, big])), [half, inf])
+
+
+@pytest.mark.single
+def test_the_z_loss_of_large_logits_overflows_only_if_it_is_too_large() -> None:
+    far = jnp.full(3, -1e30)
+    close(jax.jit(lambda z, factor: cross_entropy(z, 0, z_loss=factor))(far, 0.0), np.log(3))
+    close(cross_entropy(jnp.array([1e20, 1e20]), 0, z_loss=1e-4), 1e36)
+    z = jnp.array([3e38, 3e38, 0.0])
+    close(jax.grad(lambda z: cross_entropy(z, 0, z_loss=1e-4))(z), [3e34, 3e34, 0])
+
+
 # Bad input
+
+
+@pytest.mark.single
+@pytest.mark.usefixtures("no_jaxtyping")
+def test_labels_may_be_any_array_like() -> None:
+    z, loss = jnp.zeros((2, 3)), cast("Any", cross_entropy)
+    close(jax.jit(lambda label: loss(z, [label, label]))(1), [np.log(3)] * 2)
+    for labels in ([[0], [1, 2]], [0, 2**70]):
+        with pytest.raises(TypeError, match="labels must be an array of numbers, got"):
+            loss(z, labels)
+    no_classes = cross_entropy(jnp.zeros((0, 0)), np.zeros(0, int), class_weight=np.zeros(0))
+    assert no_classes.shape == (0,)
+
+
+@pytest.mark.single
+@pytest.mark.usefixtures("no_debug_nans")
+def test_a_label_beyond_its_dtype_is_never_the_ignored_one() -> None:
+    largest = int(jnp.iinfo(jnp.int32).max)
+    labels = np.array([0, largest + 1, largest])
+    loss = cross_entropy(jnp.zeros((3, 3)), labels, ignore_label=largest)
+    np.testing.assert_array_equal(jnp.isnan(loss), [False, True, False])
 
 
 @pytest.mark.single
@@ -507,6 +568,13 @@ def test_a_smoothed_integer_equals_its_smoothed_one_hot_row_and_a_mask_a_dropped
         (np.zeros(3, bool), {}, TypeError, "labels must be integer classes or .* got dtype bool"),
         (np.zeros(3, int), {"axis": (0, 0)}, ValueError, "axis must not repeat"),
         (np.zeros(3, int), {"axis": 2}, ValueError, r"axis must be in \[-2, 2\)"),
+        (np.zeros((3, 4), int), {"axis": ()}, ValueError, r"axis must name an axis, got \(\)"),
+        (
+            np.zeros(12, np.float32),
+            {"axis": (0, 1)},
+            ValueError,
+            r"labels must have shape \(shape of logits\) = \(3, 4\), got shape \(12,\)",
+        ),
         (np.zeros(3, int), {"axis": True}, TypeError, "axis must be an integer, got the bool True"),
         (np.zeros(3, int), {"where": np.ones(4)}, TypeError, "where must be boolean"),
         (

@@ -162,3 +162,16 @@ def test_linear_logits_name_a_bad_argument() -> None:
         linear_logits(params(), jnp.zeros(2))
     with pytest.raises(TypeError, match="features must hold real numbers, got dtype complex64"):
         linear_logits(params(), jnp.zeros(4, jnp.complex64))
+    with pytest.raises(
+        ValueError, match=r"weights must have shape \(classes, features\), got .*\(4,\)"
+    ):
+        linear_logits(Params(jnp.zeros(4), jnp.zeros(1)), jnp.zeros(4))
+    with pytest.raises(
+        ValueError, match=r"bias must have shape \(classes,\) = \(1,\), got shape \(2,\)"
+    ):
+        linear_logits(Params(jnp.zeros((1, 4)), jnp.zeros(2)), jnp.zeros(4))
+
+
+def test_integer_parameters_do_not_truncate_the_features() -> None:
+    at = Params(jnp.ones((3, 4), int), jnp.ones(3, int))
+    np.testing.assert_array_equal(linear_logits(at, jnp.full((2, 4), 0.5)), np.full((2, 3), 3.0))
