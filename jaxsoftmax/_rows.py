@@ -232,8 +232,10 @@ def _weighted(a: Array, b: Array, where: Array | None, rows: Rows) -> _Weighted:
     return _Weighted(root, phase, terms, jnp.where(empty, 1, rows.sum(terms)), c, empty)
 
 
-def _log_weighted(a: Array, b: Array, where: Array | None, rows: Rows) -> tuple[Array, Array]:
-    """log S, for real a and b log|S|, and the sign of S for real ones."""
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def weighted_logsumexp(a: Array, b: Array, where: Array | None, rows: Rows) -> tuple[Array, Array]:
+    """log|S| and the sign of S = sum_i b_i exp(a_i) for real a and b, log S and 1 for complex ones;
+    both in the dtype to compute in."""
     w = _weighted(a, b, where, rows)
     # As in log_sum: near |S| = 1 the terms that are not the largest keep their digits.
     large = w.root >= 1
@@ -242,24 +244,8 @@ def _log_weighted(a: Array, b: Array, where: Array | None, rows: Rows) -> tuple[
     if not jnp.iscomplexobj(total):
         sign = jnp.where(w.empty, 0, jnp.sign(total))
         head, tail, total = sign * head, sign * tail, jnp.abs(total)
-    near_one = _log1p(tail + (head - 1))
-    log_total = jnp.where(jnp.abs(total - 1) < 0.5, near_one, jnp.log(total))
+    log_total = jnp.where(jnp.abs(total - 1) < 0.5, jnp.log1p(tail + (head - 1)), jnp.log(total))
     return jnp.where(w.empty, -jnp.inf, log_total + w.c.astype(a.dtype)), sign
-
-
-def _log1p(u: Array) -> Array:
-    """log(1 + u), for complex u too with the digits of its real part, which XLA's has not."""
-    if not jnp.iscomplexobj(u):
-        return jnp.log1p(u)
-    log_size = jnp.log1p(u.real * (2 + u.real) + u.imag**2) / 2
-    return lax.complex(log_size, jnp.arctan2(u.imag, 1 + u.real))
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def weighted_logsumexp(a: Array, b: Array, where: Array | None, rows: Rows) -> tuple[Array, Array]:
-    """log|S| and the sign of S = sum_i b_i exp(a_i) for real a and b, log S and 1 for complex ones;
-    both in the dtype to compute in."""
-    return _log_weighted(a, b, where, rows)
 
 
 @partial(weighted_logsumexp.defjvp, symbolic_zeros=True)
