@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 # float64 has its own run, with JAX_ENABLE_X64=1.
 X64 = bool(jax.config.read("jax_enable_x64"))
 WIDE = jnp.float64 if X64 else jnp.float32
+in_double = pytest.mark.skipif(not X64, reason="finite differences need JAX_ENABLE_X64=1")
 DTYPES = [jnp.float64] if X64 else [jnp.float32, jnp.bfloat16, jnp.float16]
 
 

@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 
 from jaxsoftmax import cross_entropy
 from tests import helpers
-from tests.helpers import DTYPES, WIDE, eps
+from tests.helpers import DTYPES, WIDE, eps, in_double
 
 pytestmark = pytest.mark.usefixtures("fresh_programs")
 inf, nan = np.inf, np.nan
@@ -168,6 +168,7 @@ def test_a_label_out_of_range_is_nan_for_its_example_alone(label: int) -> None:
     np.testing.assert_array_equal(jnp.isnan(gradient).any(-1), [False, True, False])
 
 
+@in_double
 def test_derivatives_equal_finite_differences() -> None:
     z, p = logits(2, 4), probabilities(2, 4)
     where = jnp.array([True, True, False, True])
@@ -375,6 +376,7 @@ def test_an_ignored_label_that_no_label_can_be_ignores_none() -> None:
     close(cross_entropy(z, labels, ignore_label=-100), cross_entropy(z, labels))
 
 
+@in_double
 @pytest.mark.parametrize("kind", ["classes", "probabilities"])
 def test_derivatives_with_respect_to_the_options_equal_finite_differences(kind: str) -> None:
     labels = jnp.array([0, 3]) if kind == "classes" else probabilities(2, 4)
@@ -385,9 +387,7 @@ def test_derivatives_with_respect_to_the_options_equal_finite_differences(kind: 
         )
 
     arguments = logits(2, 4) / 3, jnp.array([0.5, 2.0, 1.0, 1.5]), jnp.array(0.3), jnp.array(0.2)
-    # Second differences in float32 have too few digits for this many arguments.
-    order = 2 if jnp.float64 == WIDE else 1
-    check_grads(jax.jit(f), tuple(part.astype(WIDE) for part in arguments), order=order)
+    check_grads(jax.jit(f), tuple(part.astype(WIDE) for part in arguments), order=2)
 
 
 @pytest.mark.single

@@ -10,7 +10,7 @@ from sklearn.linear_model._linear_loss import LinearModelLoss
 
 from jaxsoftmax import Params, linear_logits
 from jaxsoftmax.objective import Problem, centred, certify, make_problem, objective, present_classes
-from tests.helpers import WIDE, eps
+from tests.helpers import WIDE, eps, in_double
 
 EXAMPLES, WIDTH, CLASSES, L2 = 30, 4, 3, 0.05
 
@@ -49,6 +49,7 @@ def test_value_and_gradient_equal_those_of_scikit_learn() -> None:
     np.testing.assert_allclose(bias, gradient[:, WIDTH], 1e-4, 20 * eps(WIDE))
 
 
+@in_double
 def test_derivatives_equal_finite_differences() -> None:
     data = problem()
     check_grads(jax.jit(lambda at: objective(at, data)), (params(),), order=2)

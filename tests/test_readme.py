@@ -13,7 +13,8 @@ SNIPPETS = re.findall(r"```python\n(.*?)```\n+(?:```text\n(.*?)```)?", README, r
 @pytest.mark.single
 def test_the_snippets_print_what_stands_below_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert SNIPPETS
+    names = {"__name__": "__main__"}  # a reader runs one after the other
     with jax.numpy_dtype_promotion("standard"):
         for code, expected in SNIPPETS:
-            exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+            exec(compile(code, "README.md", "exec"), names)
             assert capsys.readouterr().out == expected

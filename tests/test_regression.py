@@ -158,6 +158,7 @@ def test_weights_equal_repeated_and_dropped_rows() -> None:
     close(weighted.objective, repeated.objective, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.single
 def test_an_absent_class_has_probability_zero_and_changes_nothing() -> None:
     features, labels = data()
@@ -251,6 +252,7 @@ def test_separable_data_without_penalty_stay_finite() -> None:
     assert result.objective < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.single
 def test_jit_equals_eager_and_a_bad_value_under_it_gives_nan() -> None:
     features, labels = data()
@@ -308,6 +310,7 @@ def assert_equals_loop(batched: Fit, singles: list[Fit]) -> None:
         close(batched.objective[i], single.objective, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.single
 def test_vmap_over_penalties_equals_a_loop() -> None:
     features, labels = data()
@@ -316,6 +319,7 @@ def test_vmap_over_penalties_equals_a_loop() -> None:
     assert_equals_loop(batched, [small_fit(features, labels, l2=l2) for l2 in l2s])
 
 
+@pytest.mark.slow
 @pytest.mark.single
 def test_vmap_over_labels_and_weights_equals_a_loop() -> None:
     features, labels = data()
@@ -326,6 +330,7 @@ def test_vmap_over_labels_and_weights_equals_a_loop() -> None:
     assert_equals_loop(batched, singles)
 
 
+@pytest.mark.slow
 @pytest.mark.single
 def test_vmap_over_stacked_features_equals_a_loop() -> None:
     pairs = [data(seed) for seed in range(3)]
@@ -334,6 +339,7 @@ def test_vmap_over_stacked_features_equals_a_loop() -> None:
     assert_equals_loop(batched, [small_fit(*pair) for pair in pairs])
 
 
+@pytest.mark.slow
 @pytest.mark.single
 def test_scan_over_penalties_with_warm_starts() -> None:
     features, labels = data()

@@ -85,6 +85,7 @@ def sharded(name: str, shards: jax.sharding.Mesh) -> tuple[Callable[..., Any], C
     return partial(finite, mapped), partial(finite, partial(f, name=None))
 
 
+@pytest.mark.single
 @over_functions
 def test_values_and_derivatives_equal_those_of_whole_rows(name: str) -> None:
     arguments = logits(), weights, probabilities()
@@ -106,6 +107,7 @@ def test_values_and_derivatives_equal_those_of_whole_rows(name: str) -> None:
     jax.tree.map(close, ours, whole)
 
 
+@pytest.mark.single
 @over_functions
 def test_a_row_may_be_sharded_over_two_axes(name: str) -> None:
     ours, whole = sharded(name, mesh(data=2, classes=4))
