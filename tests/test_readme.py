@@ -11,6 +11,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```\n+(?:```text\n(.*?)```)?", README, r
 
 
 @pytest.mark.single
+@pytest.mark.slow
 def test_the_snippets_print_what_stands_below_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert SNIPPETS
     names = {"__name__": "__main__"}  # a reader runs one after the other

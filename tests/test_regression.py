@@ -13,6 +13,8 @@ from jaxsoftmax import Fit, Params, Status, fit, linear_logits, softmax
 from jaxsoftmax.objective import make_problem, objective
 from tests.helpers import WIDE, eps
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES, WIDTH, CLASSES = 60, 4, 3
 TOL = 1e-10 if jnp.float64 == WIDE else 1e-6
 L2 = 1e-2
@@ -158,7 +160,6 @@ def test_weights_equal_repeated_and_dropped_rows() -> None:
     close(weighted.objective, repeated.objective, rtol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.single
 def test_an_absent_class_has_probability_zero_and_changes_nothing() -> None:
     features, labels = data()
@@ -252,7 +253,6 @@ def test_separable_data_without_penalty_stay_finite() -> None:
     assert result.objective < 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.single
 def test_jit_equals_eager_and_a_bad_value_under_it_gives_nan() -> None:
     features, labels = data()
@@ -310,7 +310,6 @@ def assert_equals_loop(batched: Fit, singles: list[Fit]) -> None:
         close(batched.objective[i], single.objective, rtol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.single
 def test_vmap_over_penalties_equals_a_loop() -> None:
     features, labels = data()
@@ -319,7 +318,6 @@ def test_vmap_over_penalties_equals_a_loop() -> None:
     assert_equals_loop(batched, [small_fit(features, labels, l2=l2) for l2 in l2s])
 
 
-@pytest.mark.slow
 @pytest.mark.single
 def test_vmap_over_labels_and_weights_equals_a_loop() -> None:
     features, labels = data()
@@ -330,7 +328,6 @@ def test_vmap_over_labels_and_weights_equals_a_loop() -> None:
     assert_equals_loop(batched, singles)
 
 
-@pytest.mark.slow
 @pytest.mark.single
 def test_vmap_over_stacked_features_equals_a_loop() -> None:
     pairs = [data(seed) for seed in range(3)]
@@ -339,7 +336,6 @@ def test_vmap_over_stacked_features_equals_a_loop() -> None:
     assert_equals_loop(batched, [small_fit(*pair) for pair in pairs])
 
 
-@pytest.mark.slow
 @pytest.mark.single
 def test_scan_over_penalties_with_warm_starts() -> None:
     features, labels = data()
