@@ -53,7 +53,7 @@ def array(name: str, value: ArrayLike) -> Array:
         raise TypeError(f"{name} must be an array of numbers, got {value!r}") from error
 
 
-def own_dtype(value: ArrayLike) -> Any:
+def own_dtype(value: ArrayLike | None) -> Any:
     """The inexact dtype that a value has, or None: numbers of Python, weakly typed arrays and
     integers take that of another."""
     if not isinstance(value, (Array, np.ndarray, np.generic)):

@@ -1,7 +1,7 @@
-"""Softmax, log-softmax and log-sum-exp of rows with their derivative rules, on checked arrays.
+"""Softmax, log-softmax, log-sum-exp and temperature with their derivative rules, on checked arrays.
 
-The derivative of all three is the softmax itself, so it is the only residual that any rule keeps,
-in the input's dtype. Each rule calls the function that it differentiates, so every higher
+The derivative of the first three is the softmax itself, so it is the only residual that their rules
+keep, in the input's dtype. Each rule calls the function that it differentiates, so every higher
 derivative is analytic too.
 
 Where no mask is given a row is all arithmetic: XLA:CPU makes one kernel of it, with accurate sums,
@@ -199,120 +199,6 @@ def _logsumexp_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     return logsumexp(x, where, rows), linear(saved(x, where, rows, True), where, dx)
 
 
-class _Weighted(NamedTuple):
-    """What the functions of a sum S = sum_i b_i exp(a_i) are made of; a and b may be complex."""
-
-    root: Array  # exp((x - c) / 2) with x = Re a, 0 where masked; b root root cannot overflow
-    phase: Array  # exp(a - x)
-    terms: Array  # b exp(a - c)
-    total: Array  # their sum, 1 in an empty row
-    c: Array  # x of the entry with the largest term, per row
-    empty: Array  # whether no entry counts
-
-
-def _weighted(a: Array, b: Array, where: Array | None, rows: Rows) -> _Weighted:
-    x = a.real
-    info = jnp.finfo(x.dtype)
-    # The largest |b_i| exp(x_i), not the largest x_i, must neither overflow nor underflow. A score
-    # finds its entry, c is then a number of x and exact.
-    log_b = jnp.log(jnp.where(b == 0, 1, jnp.abs(b)))
-    score = keep(where, jnp.where(b == 0, -jnp.inf, x + log_b), -jnp.inf)
-    best = rows.max(score)
-    empty = best == -jnp.inf
-    near = score >= best - 1 - 8 * info.eps * jnp.minimum(jnp.abs(best), info.max)
-    c = jnp.where(empty, 0, rows.max(jnp.where(near, x, -jnp.inf)))
-    # The guards of `shifted` on both sides of c, which is +inf if an x is.
-    side = jnp.where(x > c, jnp.maximum(x, c) - c, jnp.minimum(x, c) - c)
-    root = keep(where, jnp.where(empty, 0, jnp.exp(jnp.where(x == c, 0, side) / 2)))
-    phase = jnp.ones((), a.dtype)
-    if jnp.iscomplexobj(a):
-        phase = jnp.exp(lax.complex(jnp.zeros_like(x), keep(where, a.imag)))
-    wide_root = root.astype(a.dtype)
-    terms = jnp.where(score == -jnp.inf, 0, b * phase * wide_root * wide_root)
-    return _Weighted(root, phase, terms, jnp.where(empty, 1, rows.sum(terms)), c, empty)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def weighted_logsumexp(a: Array, b: Array, where: Array | None, rows: Rows) -> tuple[Array, Array]:
-    """log|S| and the sign of S = sum_i b_i exp(a_i) for real a and b, log S and 1 for complex ones;
-    both in the dtype to compute in."""
-    w = _weighted(a, b, where, rows)
-    # As in log_sum: near |S| = 1 the terms that are not the largest keep their digits.
-    large = w.root >= 1
-    head, tail = (rows.sum(jnp.where(part, w.terms, 0)) for part in (large, ~large))
-    total, sign = w.total, jnp.ones_like(w.total)
-    if not jnp.iscomplexobj(total):
-        sign = jnp.where(w.empty, 0, jnp.sign(total))
-        head, tail, total = sign * head, sign * tail, jnp.abs(total)
-    log_total = jnp.where(jnp.abs(total - 1) < 0.5, jnp.log1p(tail + (head - 1)), jnp.log(total))
-    return jnp.where(w.empty, -jnp.inf, log_total + w.c.astype(a.dtype)), sign
-
-
-@partial(weighted_logsumexp.defjvp, symbolic_zeros=True)
-def _weighted_logsumexp_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
-    """d log S = sum_j (q_j da_j + s_j db_j) with s_j = exp(a_j) / S and q_j = b_j s_j; the sign is
-    constant.
-
-    q is apart from s: where b_j = 0 it is 0, and s_j may overflow.
-    """
-    (a, b, where), (da, db, _) = primals, tangents
-    value, sign = weighted_logsumexp(a, b, where, rows)
-    parts = [
-        rows.sum(share(a, b, where, rows) * keep(where, dv))
-        for dv, share in ((da, _weighted_shares), (db, _shares))
-        if not isinstance(dv, SymbolicZero)
-    ]
-    return (value, sign), (sum(parts), jnp.zeros_like(sign))
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _weighted_shares(a: Array, b: Array, where: Array | None, rows: Rows) -> Array:
-    """q_i = b_i exp(a_i) / sum_j b_j exp(a_j), 0 in a row that is empty."""
-    w = _weighted(a, b, where, rows)
-    return w.terms / w.total
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _shares(a: Array, b: Array, where: Array | None, rows: Rows) -> Array:
-    """s_i = exp(a_i) / sum_j b_j exp(a_j), 0 in a row that is empty.
-
-    Where b_i = 0 its size may overflow, and is then the largest number: 0 times it is 0.
-    """
-    w = _weighted(a, b, where, rows)
-    size = jnp.abs(w.total)
-    largest = jnp.finfo(size.dtype).max
-    bounded = jnp.minimum(w.root * (w.root / size), largest).astype(a.dtype)
-    return w.phase * jnp.conj(w.total / size.astype(a.dtype)) * bounded
-
-
-@partial(_weighted_shares.defjvp, symbolic_zeros=True)
-def _weighted_shares_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
-    """d q_i = q_i (da_i - sum_j (q_j da_j + s_j db_j)) + s_i db_i."""
-    (a, b, where), (da, db, _) = primals, tangents
-    q = _weighted_shares(a, b, where, rows)
-    parts = []
-    if not isinstance(da, SymbolicZero):
-        parts.append(q * centred(keep(where, da), q, rows))
-    if not isinstance(db, SymbolicZero):
-        terms = _shares(a, b, where, rows) * keep(where, db)
-        parts.append(terms - q * rows.sum(terms))
-    return q, sum(parts)
-
-
-@partial(_shares.defjvp, symbolic_zeros=True)
-def _shares_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
-    """d s_i = s_i (da_i - sum_j (q_j da_j + s_j db_j))."""
-    (a, b, where), (da, db, _) = primals, tangents
-    s = _shares(a, b, where, rows)
-    parts = []
-    if not isinstance(da, SymbolicZero):
-        q = _weighted_shares(a, b, where, rows)
-        parts.append(s * centred(keep(where, da), q, rows))
-    if not isinstance(db, SymbolicZero):
-        parts.append(-s * rows.sum(s * keep(where, db)))
-    return s, sum(parts)
-
-
 def tempered(x: Array, temperature: Array, where: Array | None, rows: Rows) -> Array:
     """(x - m) / T with the maximum m, in the dtype to compute in; at T = 0 its limit, 0 or -inf.
 
@@ -324,7 +210,7 @@ def tempered(x: Array, temperature: Array, where: Array | None, rows: Rows) -> A
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _tempered(x: Array, t: Array, where: Array | None, rows: Rows) -> Array:
-    m, cold = _finite_maximum(x, where, rows), _is_cold(t)
+    m, cold = finite_maximum(x, where, rows), _is_cold(t)
     d = x - m
     # x >= m rather than d == 0: inside a larger jit d may come from a fused multiply-add. m - m is
     # NaN for a row with +inf.
@@ -341,13 +227,14 @@ def _tempered_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     if not isinstance(dx, SymbolicZero):
         parts.append(dx * _over_power(jnp.ones_like(t), cold_is_inf, 1))
     if not isinstance(dt, SymbolicZero):
-        d = keep(where, x - _finite_maximum(x, where, rows))
+        d = keep(where, x - finite_maximum(x, where, rows))
         d = jnp.where(d == -jnp.inf, 0, d)
         parts.append(-_over_power(d, cold_is_inf, 2) * dt)
     return _tempered(x, t, where, rows), sum(parts)
 
 
-def _finite_maximum(x: Array, where: Array | None, rows: Rows) -> Array:
+def finite_maximum(x: Array, where: Array | None, rows: Rows) -> Array:
+    """The maximum m as a constant, kept finite for a row of -inf."""
     maximum = rows.max(keep(where, lax.stop_gradient(x), -jnp.inf))
     return jnp.maximum(maximum, jnp.finfo(x.dtype).min)
 
@@ -373,110 +260,3 @@ def _over_power_jvp(n: int, primals: Any, tangents: Any) -> Any:
     (d, t), (dd, dt) = primals, tangents
     tangent = dd * _over_power(jnp.ones_like(t), t, n) - n * dt * _over_power(d, t, n + 1)
     return _over_power(d, t, n), tangent
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def entropy(z: Array, where: Array | None, rows: Rows) -> Array:
-    """-sum_k p_k log p_k, 0 in a row that is masked throughout."""
-    return -rows.sum(softmax(z, where, rows, False) * _finite_log_softmax(z, where, rows))
-
-
-@entropy.defjvp
-def _entropy_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
-    """d H = -sum_k p_k (log p_k + H) dz_k."""
-    (z, where), (dz, _) = primals, tangents
-    p = softmax(z, where, rows, False)
-    gradient = -p * centred(_finite_log_softmax(z, where, rows), p, rows)
-    return entropy(z, where, rows), rows.sum(gradient * keep(where, dz))
-
-
-def _finite_log_softmax(z: Array, where: Array | None, rows: Rows) -> Array:
-    """log p_k, or 0 where it is -inf."""
-    log_p = log_softmax(z, where, rows)
-    return jnp.where(log_p == -jnp.inf, 0, log_p)
-
-
-def _exp_less_tangent(x: Array) -> Array:
-    """exp(x) - 1 - x, of which the series keeps the digits near 0."""
-    series = jnp.ones_like(x)
-    for k in range(8 if x.dtype == jnp.float32 else 14, 2, -1):
-        series = 1 + x * (1 / k) * series
-    return jnp.where(jnp.abs(x) < 0.25, x * x / 2 * series, jnp.expm1(x) - x)
-
-
-class _LogRatio(NamedTuple):
-    """log(p / q) for p = softmax(z) and q = softmax(t), up to a constant per row."""
-
-    d: Array  # z - t less the difference of their maxima, 0 where p or q is 0
-    delta: Array  # d less its mean under q
-    both: Array  # where neither is 0
-    q: Array
-
-
-def _log_ratio(z: Array, t: Array, where: Array | None, rows: Rows) -> _LogRatio:
-    maxima = _finite_maximum(z, where, rows), _finite_maximum(t, where, rows)
-    shift = maxima[0] - maxima[1]
-    dz, dt = (x - m for x, m in zip((z, t), maxima, strict=True))
-    both = (jnp.abs(dz) < jnp.inf) & (jnp.abs(dt) < jnp.inf)
-    both = both if where is None else both & where
-    # Of two forms of the same number the one with the smaller parts has the smaller rounding.
-    close = jnp.abs(z - t) + jnp.abs(shift) < jnp.abs(dz) + jnp.abs(dt)
-    d = jnp.where(both, jnp.where(close, z - t - shift, dz - dt), 0)
-    d, q = lax.optimization_barrier((d, softmax(t, where, rows, False)))
-    return _LogRatio(d, centred(d, q, rows), both, q)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def kl_divergence(z: Array, t: Array, where: Array | None, rows: Rows) -> Array:
-    """sum_k q_k log(q_k / p_k) = log sum_k q_k exp(delta_k), 0 in a row that is masked throughout.
-
-    As the mean of delta is 0 the sum is 1 + sum_k q_k (exp(delta_k) - 1 - delta_k), whose terms are
-    not negative. They keep their digits between distributions that are close.
-    """
-    # The barriers keep exponentials and selections out of the sums, which would compute them anew.
-    d, delta, both, q = lax.optimization_barrier(_log_ratio(z, t, where, rows))
-    (dz, _), (dt, _) = shifted(z, where, rows), shifted(t, where, rows)
-    ez = lax.optimization_barrier(jnp.exp(dz))
-    total_z = rows.sum(ez)
-    # q exp(delta) is exp(dz + c), also where q is 0. The largest q is 1 over the sum of exp(dt).
-    c = jnp.log(rows.max(q)) - rows.sum(q * d)
-    scaled = ez * jnp.exp(jnp.minimum(c, 40))
-    large = ~both | (delta > 1)
-    terms = jnp.where(large, scaled - q * (1 + delta), q * _exp_less_tangent(jnp.minimum(delta, 1)))
-    excluded = (ez == 0) & (dt > -jnp.inf) & ~both
-    total = rows.sum(lax.optimization_barrier(jnp.where(excluded, jnp.inf, terms)))
-    value = jnp.where(c > 40, c + jnp.log(total_z), jnp.log1p(jnp.maximum(total, 0)))
-    value = jnp.where(total == jnp.inf, total, value)
-    return only_if(or_empty(total_z, 1.0, where, rows) > 0, value)
-
-
-@partial(kl_divergence.defjvp, symbolic_zeros=True)
-def _kl_divergence_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
-    """d D = sum_k (p_k - q_k) dz_k - q_k delta_k dt_k."""
-    (z, t, where), (dz, dt, _) = primals, tangents
-    parts = []
-    if not isinstance(dz, SymbolicZero):
-        parts.append(rows.sum(_difference(z, t, where, rows) * keep(where, dz)))
-    if not isinstance(dt, SymbolicZero):
-        _, delta, _, q = _log_ratio(z, t, where, rows)
-        parts.append(-rows.sum(q * delta * keep(where, dt)))
-    return kl_divergence(z, t, where, rows), sum(parts)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _difference(z: Array, t: Array, where: Array | None, rows: Rows) -> Array:
-    """p - q, with the digits that it has between distributions that are close."""
-    p = softmax(z, where, rows, False)
-    _, delta, both, q = _log_ratio(z, t, where, rows)
-    log_ratio = delta - kl_divergence(z, t, where, rows)
-    return jnp.where(both & (jnp.abs(log_ratio) < 0.5), q * jnp.expm1(log_ratio), p - q)
-
-
-@_difference.defjvp
-def _difference_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
-    (z, t, where), (dz, dt, _) = primals, tangents
-
-    def difference(z: Array, t: Array) -> Array:
-        return softmax(z, where, rows, False) - softmax(t, where, rows, False)
-
-    return _difference(z, t, where, rows), jax.jvp(difference, (z, t), (dz, dt))[1]

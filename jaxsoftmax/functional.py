@@ -27,7 +27,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Inexact, Shaped
 
-from jaxsoftmax import _checks, _rows
+from jaxsoftmax import _checks, _divergence, _rows, _weighted
 from jaxsoftmax._checks import Axis, AxisName
 from jaxsoftmax._rows import Rows, compute_dtype, wide
 
@@ -216,16 +216,16 @@ def logsumexp(
       Blanchard, Higham, Higham (2021), Accurately computing the log-sum-exp and softmax functions,
       eq. 1.4.
     """
-    given = [value for value in (a, b) if value is not None]
+    dtypes = {_checks.own_dtype(value) for value in (a, b)} - {None}
     a, b = _checks.array("a", a), None if b is None else _checks.array("b", b)
     if jnp.iscomplexobj(a) or (b is not None and jnp.iscomplexobj(b)):
         b = jnp.ones((), a.dtype) if b is None else b
-        return _complex_logsumexp(a, b, axis, keepdims, return_sign, where, axis_name, given)
+        return _complex_logsumexp(a, b, axis, keepdims, return_sign, where, axis_name, dtypes)
     a = _checks.real_array("a", a)
     dtype = a.dtype
     if b is not None:
         b = _checks.real_array("b", b)
-        dtypes = {*map(_checks.own_dtype, given)} - {None} or {dtype}
+        dtypes = dtypes or {dtype}
         dtype = dtypes.pop() if len(dtypes) == 1 else jnp.dtype(compute_dtype(*dtypes))
         a, b = (v.astype(compute_dtype(dtype)) for v in (a, b))
         a, b = _checks.broadcast_together("a", a, "b", b)
@@ -251,12 +251,11 @@ def _complex_logsumexp(
     return_sign: bool,
     where: ArrayLike | None,
     axis_name: AxisName,
-    given: list[Any],
+    dtypes: set[Any],
 ) -> Any:
     """`logsumexp` of complex numbers, as in jax.nn: the sign is S / |S|."""
     double = {jnp.dtype(jnp.float64), jnp.dtype(jnp.complex128)}
-    dtypes = {*map(_checks.own_dtype, given)} - {None} or {a.dtype}
-    dtype = jnp.complex128 if dtypes & double else jnp.complex64
+    dtype = jnp.complex128 if (dtypes or {a.dtype}) & double else jnp.complex64
     a, b = _checks.broadcast_together("a", a.astype(dtype), "b", b.astype(dtype))
     mask, rows = _mask_and_rows(a, axis, where, axis_name)
     value, _ = _weighted_logsumexp(a, b, mask, rows)
@@ -432,7 +431,7 @@ def _mask_and_rows(
 _softmax = jax.jit(_rows.softmax, static_argnums=(2, 3))
 _log_softmax = jax.jit(_rows.log_softmax, static_argnums=(2,))
 _logsumexp = jax.jit(_rows.logsumexp, static_argnums=(2,))
-_weighted_logsumexp = jax.jit(_rows.weighted_logsumexp, static_argnums=(3,))
+_weighted_logsumexp = jax.jit(_weighted.weighted_logsumexp, static_argnums=(3,))
 _tempered = jax.jit(_rows.tempered, static_argnums=(3,))
-_entropy = jax.jit(_rows.entropy, static_argnums=(2,))
-_kl_divergence = jax.jit(_rows.kl_divergence, static_argnums=(3,))
+_entropy = jax.jit(_divergence.entropy, static_argnums=(2,))
+_kl_divergence = jax.jit(_divergence.kl_divergence, static_argnums=(3,))
