@@ -46,7 +46,7 @@ clean:
 # One stamp per extra; it is renewed when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@echo 'Installing jaxsoftmax[$*] and what it needs into $(VENV); the first time takes a minute or two ...'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$*]'
 	@touch $@
 	@echo 'Installed.'
 
