@@ -120,9 +120,9 @@ def cross_entropy(
         logits,
         labels,
         mask,
-        None if _is_zero(label_smoothing) else smoothing,
+        None if _rows.is_zero(label_smoothing) else smoothing,
         class_weight,
-        None if _is_zero(z_loss) else z,
+        None if _rows.is_zero(z_loss) else z,
         ignore_label,
         rows,
     )
@@ -146,11 +146,6 @@ def _flattened(
     if jnp.issubdtype(labels.dtype, jnp.floating):
         labels = flat(_checks.has_shape("labels", labels, logits.shape, "(shape of logits)"))
     return flat(logits), labels, mask, -1
-
-
-def _is_zero(value: ArrayLike) -> bool:
-    """Whether a term is left out of the program: its factor is the Python number 0."""
-    return isinstance(value, (int, float)) and value == 0
 
 
 @partial(jax.jit, static_argnums=(6, 7))
@@ -291,40 +286,42 @@ def _from_owner(value: Array, label: _Label, rows: Rows) -> Array:
     return lax.psum(jnp.where(label.here, value, 0), rows.axis_name)
 
 
-def _terms(
-    logits: Array, labels: Array, where: Array | None, rows: Rows
-) -> tuple[Array, Array, Array, _Label]:
-    """With c the label and m the largest logit: exp(z_k - m) without c, its sum, z_c - m, c.
+class _Terms(NamedTuple):
+    """Of a row with the label c and the largest logit m: z_k - m, which entry is c, z_c - m, c."""
 
-    The label's own term is kept apart from the rest of the sum. So the tiny loss of a confident
-    label, and the tiny p_c - 1 of its gradient, keep their digits.
-    """
+    d: Array
+    is_label: Array
+    own: Array
+    label: _Label
+
+
+def _terms(logits: Array, labels: Array, where: Array | None, rows: Rows) -> _Terms:
     (axis,) = rows.axes
     label = _locate(labels, logits.shape, rows)
     d, m = _rows.shifted(logits, where, rows)
+    # By a comparison: unlike a scatter it is elementwise under every sharding.
+    sizes = [1] * axis + [-1] + [1] * (logits.ndim - axis - 1)
+    classes = jnp.arange(logits.shape[axis], dtype=jnp.int32).reshape(sizes)
+    is_label = classes == jnp.where(label.here, label.position, -1)
+    if rows.by_column(logits):
+        (own,) = rows.sums(lambda d, is_label: (jnp.where(is_label, d, 0),), d, is_label)
+        return _Terms(d, is_label, own, label)
     own = jnp.minimum(wide(jnp.take_along_axis(logits, label.position, axis)), m) - m
     if where is not None:
         allowed = jnp.take_along_axis(jnp.broadcast_to(where, logits.shape), label.position, axis)
         own = jnp.where(allowed, own, -jnp.inf)
-    e = _put(jnp.exp(d), 0, label, rows)
-    return e, rows.sum(e), _from_owner(own, label, rows), label
-
-
-def _put(values: Array, own: ArrayLike, label: _Label, rows: Rows) -> Array:
-    """`values` with `own` at the labels that stand in this shard.
-
-    By a comparison: unlike a scatter it is elementwise under every sharding.
-    """
-    (axis,) = rows.axes
-    shape = [1] * axis + [-1] + [1] * (values.ndim - axis - 1)
-    classes = jnp.arange(values.shape[axis], dtype=jnp.int32).reshape(shape)
-    return jnp.where(classes == jnp.where(label.here, label.position, -1), own, values)
+    return _Terms(d, is_label, _from_owner(own, label, rows), label)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _integer_cross_entropy(logits: Array, labels: Array, where: Array | None, rows: Rows) -> Array:
-    """log sum_k exp(z_k - m) - (z_c - m)."""
-    _, others, own, label = _terms(logits, labels, where, rows)
+    """log sum_k exp(z_k - m) - (z_c - m).
+
+    The label's own term is kept apart from the rest of the sum. So the tiny loss of a confident
+    label, and the tiny p_c - 1 of its gradient, keep their digits.
+    """
+    d, is_label, own, label = _terms(logits, labels, where, rows)
+    (others,) = rows.sums(lambda d, is_label: (jnp.where(is_label, 0, jnp.exp(d)),), d, is_label)
     # A selection after the sum, as in log_sum: XLA:CPU would take the rest into the sum's kernel.
     log_sum = jnp.where(own == 0, jnp.log1p(others), jnp.log(others + jnp.exp(own)))
     loss = _rows.or_empty(log_sum, 0.0, where, rows) - own
@@ -334,10 +331,12 @@ def _integer_cross_entropy(logits: Array, labels: Array, where: Array | None, ro
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _residuals(logits: Array, labels: Array, where: Array | None, rows: Rows) -> Array:
     """p - e_c, the gradient of the loss; p_c - 1 is minus the sum of the other probabilities."""
-    e, others, own, label = _terms(logits, labels, where, rows)
+    d, is_label, own, label = _terms(logits, labels, where, rows)
+    e = jnp.where(is_label, 0, jnp.exp(d))
+    (others,) = rows.sums(lambda e: (e,), e)
     total = _rows.or_empty(others + jnp.exp(own), 1.0, where, rows)
     total = _rows.only_if(label.valid, total)
-    return _put(e / total, -others / total, label, rows).astype(logits.dtype)
+    return jnp.where(is_label, -others / total, e / total).astype(logits.dtype)
 
 
 @_integer_cross_entropy.defjvp
