@@ -25,6 +25,7 @@ from jaxsoftmax.functional import (
     softmax,
     softmax_jacobian,
 )
+from jaxsoftmax.linear import linear_cross_entropy, linear_logsumexp
 from jaxsoftmax.losses import cross_entropy
 from jaxsoftmax.objective import Params, linear_logits
 from jaxsoftmax.regression import fit
@@ -38,7 +39,9 @@ __all__ = [
     "entropy",
     "fit",
     "kl_divergence",
+    "linear_cross_entropy",
     "linear_logits",
+    "linear_logsumexp",
     "log_softmax",
     "logsumexp",
     "softmax",

@@ -190,6 +190,16 @@ def only_if(condition: Array, value: Array) -> Array:
     return value * (one / one)
 
 
+def holds(dtype: Any, value: int) -> bool:
+    return bool(jnp.iinfo(dtype).min <= value <= jnp.iinfo(dtype).max)
+
+
+def product(factor: Any, loss: Array) -> Array:
+    """factor * loss, with 0 * inf = 0; elsewhere the derivative with respect to a factor of 0 is
+    the loss."""
+    return factor * jnp.where((factor == 0) & (loss == jnp.inf), 0, loss)
+
+
 def centred(t: Array, p: Array, rows: Rows) -> Array:
     """t less its mean under the weights p, which sum to 1.
 

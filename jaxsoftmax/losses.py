@@ -166,7 +166,7 @@ def _cross_entropy(
     if dtype != compute_dtype(logits.dtype):
         logits = logits.astype(dtype)
     ignored = None
-    if ignore_label is not None and _holds(labels.dtype, ignore_label):
+    if ignore_label is not None and _rows.holds(labels.dtype, ignore_label):
         ignored = labels == ignore_label
         labels = jnp.where(ignored, 0, labels)
         counted = jnp.expand_dims(~ignored, axis)
@@ -178,7 +178,7 @@ def _cross_entropy(
         if class_weight is None:
             return shares
         shape = [1] * axis + [-1] + [1] * (logits.ndim - axis - 1)
-        return _product(shares, keep(where, class_weight.astype(dtype).reshape(shape)))
+        return _rows.product(shares, keep(where, class_weight.astype(dtype).reshape(shape)))
 
     share: Any = 1.0  # of the label, and of each allowed class
     spread: Any = 0.0
@@ -204,9 +204,9 @@ def _cross_entropy(
             own_weight = _from_owner(own_weight, label, rows)
             if ignored is not None:
                 own_weight = jnp.where(jnp.expand_dims(ignored, axis), 0, own_weight)
-            share = _product(share, own_weight)
+            share = _rows.product(share, own_weight)
         if class_weight is not None or smoothing is not None:
-            loss = _product(share, loss)
+            loss = _rows.product(share, loss)
         if smoothing is not None:
             loss = loss + _expectation(weighted(spread), logits, where, rows)
     if z_loss is not None:
@@ -217,20 +217,10 @@ def _cross_entropy(
     return jnp.squeeze(loss, axis)
 
 
-def _holds(dtype: Any, value: int) -> bool:
-    return bool(jnp.iinfo(dtype).min <= value <= jnp.iinfo(dtype).max)
-
-
-def _product(factor: Any, loss: Array) -> Array:
-    """factor * loss, with 0 * inf = 0; elsewhere the derivative with respect to a factor of 0 is
-    the loss."""
-    return factor * jnp.where((factor == 0) & (loss == jnp.inf), 0, loss)
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _expectation(shares: Array, logits: Array, where: Array | None, rows: Rows) -> Array:
     """sum_k shares_k (-log p_k)."""
-    return rows.sum(_product(shares, -_rows.log_softmax(logits, where, rows)))
+    return rows.sum(_rows.product(shares, -_rows.log_softmax(logits, where, rows)))
 
 
 @partial(_expectation.defjvp, symbolic_zeros=True)

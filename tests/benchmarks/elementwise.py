@@ -174,9 +174,10 @@ def main(selected: list[str]) -> None:
     names = [name for name in NAMES if name in selected] or NAMES
     dtypes = [dtype for dtype in DTYPES if dtype in selected] or DTYPES
     print(environment("jaxsoftmax", "jax", "jaxlib", "optax", *(["torch"] if torch else [])))
-    print("                                                   value                        vjp")
+    print(f"{'value':>56}{'vjp':>29}")
     print(
-        "function       dtype     shape, axis                  ms copies  jax torch      ms  jax torch  kept (jax)"
+        f"{'function':14} {'dtype':9} {'shape, axis':26}"
+        "      ms copies    jax torch      ms   jax torch   kept  (jax)"
     )
     rows: list[tuple[str, int, str, float]] = []
     for name in names:
