@@ -197,7 +197,10 @@ def _form(block_size: int | None, softcap: float | None, axis_name: AxisName) ->
     if block_size is not None:
         block_size = _checks.integer("block_size", block_size, least=1)
     if softcap is not None:
-        softcap = float(_checks.scalar("softcap", softcap, positive=True))
+        _checks.scalar("softcap", softcap, positive=True)
+        if (known := _checks.known(softcap)) is None:
+            raise TypeError("softcap must be a number known to the trace, got a tracer")
+        softcap = float(known)
     return _Form(block_size, softcap, _checks.axis_names(axis_name))
 
 
@@ -256,7 +259,9 @@ def _cross_entropy(
     if reduction == "none":
         return loss
     total = jnp.sum(loss)
-    return total if reduction == "sum" else total / jnp.maximum(jnp.sum(counted), 1)
+    if reduction == "sum":
+        return total
+    return total / jnp.maximum(jnp.sum(counted.astype(dtype)), 1)
 
 
 def _own_weight(class_weight: Array, y: Array, form: _Form) -> Array:
@@ -272,7 +277,7 @@ def _over_examples(
 ) -> _Statistics:
     """The statistics; of many examples with few classes in blocks of examples.
 
-    A block is of about 2^20 logits: 4 MiB, a cache's size, and a product large enough for full
+    A block is of about 2^19 logits: 2 MiB, a cache's size, and a product large enough for full
     speed. Blocks of classes have one size if a divisor allows it: a rest costs a copy of the
     weights.
     """
@@ -303,7 +308,7 @@ def _over_examples(
     return joined
 
 
-_LOGITS = 2**20
+_LOGITS = 2**19
 
 
 class _Classes(NamedTuple):
@@ -488,13 +493,17 @@ def _logits(x: Array, classes: _Classes, form: _Form) -> Array:
 def _logits_jvp(
     x: Array, dx: Array | None, classes: _Classes, tangents: _Classes, form: _Form
 ) -> tuple[Array, Array]:
-    """Logits of a block and their change."""
+    """Logits of a block and their change.
+
+    Its products are of wide factors: in the transpose one of them is the residual p - e_y, of which
+    a low precision would lose what is small.
+    """
     z = _logits(x, classes, form._replace(softcap=None))
     dz = jnp.zeros_like(z)
     if dx is not None and classes.w is not None:
         dz += _product(dx, classes.w, z.dtype)
     if tangents.w is not None:
-        dz += _product(x, tangents.w, z.dtype)
+        dz += _product(x.astype(z.dtype), tangents.w, z.dtype)
     if tangents.b is not None:
         dz += tangents.b.astype(z.dtype)
     capped: tuple[Array, Array] = jax.jvp(lambda z: _capped(z, form.softcap), (z,), (dz,))
