@@ -473,7 +473,7 @@ def _dtype(x: Array, w: Array, b: Array | None) -> Any:
 
 def _product(x: Array, w: Array, dtype: Any) -> Array:
     """x w^T, accumulated in `dtype`."""
-    common = jnp.promote_types(x.dtype, w.dtype)
+    common = x.dtype if x.dtype == w.dtype else dtype
     return lax.dot_general(
         x.astype(common), w.astype(common), (((1,), (1,)), ((), ())), preferred_element_type=dtype
     )
