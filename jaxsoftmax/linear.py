@@ -377,7 +377,7 @@ def _statistics_jvp(form: _Form, primals: Any, tangents: Any) -> Any:
         area = lax.psum(area, form.axis_name)
 
     def change(block: tuple[_Classes, _Classes]) -> _Statistics:
-        classes, tangents = block
+        classes, tangents = _within_block(block[0]), block[1]
         z, dz = _logits_jvp(x, dx, classes, tangents, form)
         p = jnp.exp(z - log_z)
         d_log_z = jnp.sum(p * dz, -1) if form.log_z else None
@@ -430,6 +430,7 @@ def _over_blocks(first: Any, add: Any, arrays: Any, form: _Form) -> Any:
 
 def _sums(x: Array, y: Array | None, classes: _Classes, form: _Form) -> _Block:
     """The sums over one block of classes."""
+    classes = _within_block(classes)
     z = _logits(x, classes, form)
     m = jnp.max(z, -1, initial=jnp.finfo(z.dtype).min)
     e = jnp.exp(jnp.minimum(z, m[:, None]) - m[:, None])
@@ -508,6 +509,11 @@ def _logits_jvp(
         dz += tangents.b.astype(z.dtype)
     capped: tuple[Array, Array] = jax.jvp(lambda z: _capped(z, form.softcap), (z,), (dz,))
     return capped
+
+
+def _within_block(classes: _Classes) -> _Classes:
+    """A barrier: without it XLA converts all the weights to a wider dtype before the loop."""
+    return classes._replace(w=lax.optimization_barrier(classes.w))
 
 
 def _first_class(w: Array, form: _Form) -> Any:
