@@ -44,6 +44,7 @@ CASES = [
     Case("single entry", _normal(4, 1)),
     Case("matrix", _normal(3, 7)),
     Case("leading axis", _normal(6, 4), 0),
+    Case("long leading axis", _normal(40, 3), 0),
     Case("middle axis", _normal(2, 5, 3), 1),
     Case("negative axis", _normal(2, 5, 3), -3),
     Case("two axes", _normal(2, 5, 3), (0, -1)),
