@@ -5,6 +5,8 @@ The modules, each built on those before it:
 * `functional`: `softmax`, `log_softmax`, `logsumexp`, `softmax_jacobian`, `entropy`,
   `kl_divergence`.
 * `losses`: `cross_entropy`.
+* `linear`: `linear_cross_entropy` and `linear_logsumexp`, the loss of a linear layer without its
+  logits.
 * `objective`: the model (`Params`, `linear_logits`), its regularised loss, and the bound on the
   distance from the optimum.
 * `solvers`: algorithms on an objective, and their common result (`Fit`, `Status`).

@@ -141,20 +141,15 @@ def shifted(x: Array, where: Array | None, rows: Rows) -> tuple[Array, Array]:
     A row with +inf or NaN is NaN.
     """
     x = keep(where, wide(x), -jnp.inf)
-    m = rows.max(x)
-    lowest = jnp.finfo(x.dtype).min
-    m = jnp.where(m == -jnp.inf, lowest, m) if rows.by_column(x) else jnp.maximum(m, lowest)
-    return minus_max(x, m), m
-
-
-def minus_max(x: Array, m: Array) -> Array:
-    """x - m with the maximum m.
-
-    Inside a larger jit XLA may compute x anew and contract x - m into a fused multiply-add, whose x
-    is not the rounded one that m was taken from: near 1e11 exp then overflows (jax#37234).
-    minimum(x, m) is m itself for the largest entry and keeps the contraction out.
-    """
-    return jnp.minimum(x, m) - m
+    maximum, lowest = rows.max(x), jnp.finfo(x.dtype).min
+    # A selection, which XLA:CPU doesn't take into a reduction's kernel, or the maximum would come
+    # out of that as an array of the size of x.
+    select = rows.by_column(x)
+    m = jnp.where(maximum == -jnp.inf, lowest, maximum) if select else jnp.maximum(maximum, lowest)
+    # Inside a larger jit XLA may compute x anew and contract x - m into a fused multiply-add, whose
+    # x is not the rounded one that m was taken from: near 1e11 exp then overflows (jax#37234).
+    # minimum(x, m) is m itself for the largest entry and keeps the contraction out.
+    return jnp.minimum(x, m if select else maximum) - m, m
 
 
 def or_empty(value: Array, empty: float, where: Array | None, rows: Rows) -> Array:
@@ -162,8 +157,8 @@ def or_empty(value: Array, empty: float, where: Array | None, rows: Rows) -> Arr
     return value if where is None else jnp.where(rows.any(where), value, empty)
 
 
-def log_sum(d: Array, rows: Rows, spread: bool = False) -> Array:
-    """log sum exp(d) for d = x - m; `spread` where it is then subtracted from every entry.
+def log_sum(d: Array, rows: Rows, one_kernel: bool = False) -> Array:
+    """log sum exp(d) for d = x - m; `one_kernel` where arithmetic on every entry follows.
 
     Where one entry holds almost everything the sum is 1 + t with a tiny t. The exponential of a
     largest entry is 1 and of all others it is less, so t is the sum of the fractional parts.
@@ -174,9 +169,9 @@ def log_sum(d: Array, rows: Rows, spread: bool = False) -> Array:
         return e, e - jnp.floor(e)
 
     total, t = rows.sums(parts, d)
-    if spread and not rows.by_column(d):
-        # With the number n of largest entries, without a selection: XLA:CPU then makes one kernel
-        # of the whole log-softmax. With one it computes the logarithm anew for every entry.
+    if one_kernel and not rows.by_column(d):
+        # With the number n of largest entries, not a selection: XLA:CPU then makes one kernel of
+        # the whole log-softmax. With a selection it computes the logarithm anew for every entry.
         n = jnp.floor(total - t + 0.5)
         return jnp.log1p(t + (n - 1))
     # A selection ends the kernel of the sums. In one with what comes after it they take up to ten
@@ -260,7 +255,9 @@ def _softmax_jvp(rows: Rows, empty_is_zero: bool, primals: Any, tangents: Any) -
 def log_softmax(x: Array, where: Array | None, rows: Rows) -> Array:
     """x_i - log sum_j exp(x_j), -inf where masked, in the dtype to compute in."""
     d, _ = shifted(x, where, rows)
-    return keep(where, d - or_empty(log_sum(d, rows, spread=True), 0.0, where, rows), -jnp.inf)
+    return keep(
+        where, d - or_empty(log_sum(d, rows, one_kernel=where is None), 0.0, where, rows), -jnp.inf
+    )
 
 
 @log_softmax.defjvp
