@@ -87,13 +87,18 @@ class Rows(NamedTuple):
         the memory. Column by column it makes one vectorised loop over all rows: of 3 entries in a
         third of the time, of 10 in two thirds (jax 0.10 and 0.12); of 16 there is no gain.
         """
-        one_axis = len(self.axes) == 1 and values.ndim > 1
-        return _on_cpu() and one_axis and 0 < self._length(values) <= 12
+        return self._is_plain(values) and 0 < self._length(values) <= 12
 
     def _by_product(self, values: Array) -> bool:
         """Whether rows lie across the memory: XLA:CPU of jax 0.10 multiplies them by ones 10 to 100
         times faster than it adds them up; on 0.12 the two are equal."""
-        return _on_cpu() and self.axes == (0,) and values.ndim > 1 and values.shape[0] > 12
+        return self._is_plain(values) and self.axes == (0,) and values.shape[0] > 12
+
+    def _is_plain(self, values: Array) -> bool:
+        """Whether a row is one axis of several, whole on a device, and that a CPU."""
+        if not _on_cpu() or len(self.axes) != 1 or values.ndim == 1:
+            return False
+        return jax.typeof(values).sharding.spec[self.axes[0]] is None  # of an explicit mesh
 
     def any(self, where: Array) -> Array:
         """Whether a row has an allowed entry."""

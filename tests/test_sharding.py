@@ -174,6 +174,19 @@ def test_an_axis_of_vmap_may_span_the_row() -> None:
 
 
 @pytest.mark.single
+@pytest.mark.parametrize("shape", [(3, 8), (24, 3)])
+def test_classes_may_be_sharded_over_an_explicit_axis(shape: tuple[int, int]) -> None:
+    """Short rows, and rows that lie across the memory, which a CPU takes in forms of their own."""
+    axis = shape.index(max(shape))
+    x = jax.random.normal(jax.random.key(0), shape, WIDE)
+    explicit = jax.make_mesh((8,), ("k",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = P(*("k" if a == axis else None for a in range(2)))
+    f = jax.jit(jax.grad(lambda x: (x * log_softmax(x, axis) + softmax(x, axis)).sum()))
+    with jax.set_mesh(explicit):
+        close(f(jax.device_put(x, jax.NamedSharding(explicit, spec))), f(x))
+
+
+@pytest.mark.single
 def test_examples_may_be_sharded_over_an_explicit_axis() -> None:
     """What `jax.make_mesh` makes by default."""
     z, labels = jnp.tile(jnp.maximum(logits(), -9), (8, 1)), jnp.tile(jnp.asarray(LABELS), 8)
