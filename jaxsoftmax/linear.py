@@ -60,8 +60,8 @@ def linear_logsumexp(
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoftmax import linear_logsumexp
-      >>> linear_logsumexp(jnp.ones((2, 3)), jnp.zeros((130, 3)), block_size=128).round(4)
-      Array([4.8675, 4.8675], dtype=float32)
+      >>> print(f"{linear_logsumexp(jnp.ones((1, 3)), jnp.zeros((130, 3)), block_size=128)[0]:.4f}")
+      4.8675
     """
     x, w, b = _layer(features, weights, bias)
     form = _form(block_size, softcap, axis_name)._replace(log_z=True)
@@ -125,8 +125,9 @@ def linear_cross_entropy(
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax import linear_cross_entropy
       >>> features, weights = jnp.eye(2), jnp.array([[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-      >>> linear_cross_entropy(features, weights, jnp.array([0, 2]), reduction="none").round(3)
-      Array([0.24, 2.24], dtype=float32)
+      >>> losses = linear_cross_entropy(features, weights, jnp.array([0, 2]), reduction="none")
+      >>> [f"{loss:.3f}" for loss in losses]
+      ['0.240', '2.240']
       >>> jax.grad(linear_cross_entropy, 1)(features, weights, jnp.array([0, 2])).round(3)
       Array([[-0.107,  0.053],
              [ 0.053,  0.393],
