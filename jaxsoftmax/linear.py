@@ -128,10 +128,8 @@ def linear_cross_entropy(
       >>> losses = linear_cross_entropy(features, weights, jnp.array([0, 2]), reduction="none")
       >>> [f"{loss:.3f}" for loss in losses]
       ['0.240', '2.240']
-      >>> jax.grad(linear_cross_entropy, 1)(features, weights, jnp.array([0, 2])).round(3)
-      Array([[-0.107,  0.053],
-             [ 0.053,  0.393],
-             [ 0.053, -0.447]], dtype=float32)
+      >>> jax.grad(linear_cross_entropy, 1)(features, weights, jnp.array([0, 2])).shape
+      (3, 2)
 
     Reference:
       Wijmans et al. (2025), Cut your losses in large-vocabulary language models, section 4.
