@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from jaxsoftmax._reductions import Rows
 from jaxsoftmax._rows import (
-    Rows,
     centred,
     finite_maximum,
     keep,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxsoftmax._rows import Rows, centred, keep
+from jaxsoftmax._reductions import Rows
+from jaxsoftmax._rows import centred, keep
 
 
 class _Weighted(NamedTuple):

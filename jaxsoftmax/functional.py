@@ -29,7 +29,8 @@ from jaxtyping import Bool, Float, Inexact, Shaped
 
 from jaxsoftmax import _checks, _divergence, _rows, _weighted
 from jaxsoftmax._checks import Axis, AxisName
-from jaxsoftmax._rows import Rows, compute_dtype, wide
+from jaxsoftmax._reductions import Rows
+from jaxsoftmax._rows import compute_dtype, wide
 
 
 def softmax(

@@ -16,9 +16,10 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Shaped
 
-from jaxsoftmax import _checks, _rows
+from jaxsoftmax import _checks, _labels, _rows
 from jaxsoftmax._checks import AxisName
-from jaxsoftmax._rows import Rows, compute_dtype, keep, wide
+from jaxsoftmax._reductions import Rows
+from jaxsoftmax._rows import compute_dtype, keep, wide
 
 
 def cross_entropy(
@@ -120,9 +121,9 @@ def cross_entropy(
         logits,
         labels,
         mask,
-        None if _rows.is_zero(label_smoothing) else smoothing,
+        None if _labels.is_zero(label_smoothing) else smoothing,
         class_weight,
-        None if _rows.is_zero(z_loss) else z,
+        None if _labels.is_zero(z_loss) else z,
         ignore_label,
         rows,
     )
@@ -166,7 +167,7 @@ def _cross_entropy(
     if dtype != compute_dtype(logits.dtype):
         logits = logits.astype(dtype)
     ignored = None
-    if ignore_label is not None and _rows.holds(labels.dtype, ignore_label):
+    if ignore_label is not None and _labels.holds(labels.dtype, ignore_label):
         ignored = labels == ignore_label
         labels = jnp.where(ignored, 0, labels)
         counted = jnp.expand_dims(~ignored, axis)
@@ -178,12 +179,12 @@ def _cross_entropy(
         if class_weight is None:
             return shares
         shape = [1] * axis + [-1] + [1] * (logits.ndim - axis - 1)
-        return _rows.product(shares, keep(where, class_weight.astype(dtype).reshape(shape)))
+        return _labels.product(shares, keep(where, class_weight.astype(dtype).reshape(shape)))
 
     share: Any = 1.0  # of the label, and of each allowed class
     spread: Any = 0.0
     if smoothing is not None:
-        smoothing = _rows.only_if((smoothing >= 0) & (smoothing <= 1), smoothing.astype(dtype))
+        smoothing = _labels.share_to_spread(smoothing, dtype)
         n: Any = logits.shape[axis] * (lax.axis_size(axis_name) if axis_name else 1)
         if where is not None:
             n = rows.sum(jnp.broadcast_to(where, logits.shape).astype(dtype))
@@ -197,30 +198,24 @@ def _cross_entropy(
         if ignored is not None:
             loss = jnp.where(jnp.expand_dims(ignored, axis), 0, loss)
         if class_weight is not None and logits.shape[axis]:
-            label = _locate(labels, logits.shape, rows)
-            # Sharded as the labels are, which an explicit mesh wants to be told.
-            sharding = jax.typeof(label.position).sharding
-            own_weight = class_weight.astype(dtype).at[label.position].get(out_sharding=sharding)
-            own_weight = _from_owner(own_weight, label, rows)
+            label = _labels.locate(labels, logits.shape, rows)
+            own_weight = _labels.own_weight(class_weight.astype(dtype), label, rows)
             if ignored is not None:
                 own_weight = jnp.where(jnp.expand_dims(ignored, axis), 0, own_weight)
-            share = _rows.product(share, own_weight)
+            share = _labels.product(share, own_weight)
         if class_weight is not None or smoothing is not None:
-            loss = _rows.product(share, loss)
+            loss = _labels.product(share, loss)
         if smoothing is not None:
             loss = loss + _expectation(weighted(spread), logits, where, rows)
     if z_loss is not None:
-        factor = _rows.only_if(z_loss >= 0, z_loss.astype(dtype))
-        log_z = _rows.logsumexp(logits, where, rows)
-        log_z = jnp.where(log_z == -jnp.inf, 0, log_z)
-        loss = loss + factor * log_z * log_z  # in this order it overflows only if it is too large
+        loss = loss + _labels.z_penalty(_rows.logsumexp(logits, where, rows), z_loss)
     return jnp.squeeze(loss, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _expectation(shares: Array, logits: Array, where: Array | None, rows: Rows) -> Array:
     """sum_k shares_k (-log p_k)."""
-    return rows.sum(_rows.product(shares, -_rows.log_softmax(logits, where, rows)))
+    return rows.sum(_labels.product(shares, -_rows.log_softmax(logits, where, rows)))
 
 
 @partial(_expectation.defjvp, symbolic_zeros=True)
@@ -245,49 +240,18 @@ def _expectation_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     return _expectation(shares, logits, where, rows), sum(parts)
 
 
-class _Label(NamedTuple):
-    """Where integer labels stand: position in this shard, whether it is here, and whether it is in
-    any shard."""
-
-    position: Array
-    here: Array
-    valid: Array
-
-
-def _locate(labels: Array, shape: tuple[int, ...], rows: Rows) -> _Label:
-    (axis,) = rows.axes
-    if labels.dtype.itemsize < 4:
-        labels = labels.astype(jnp.int32)
-    labels, count = jnp.expand_dims(labels, axis), shape[axis]
-    shards = 1 if rows.axis_name is None else lax.axis_size(rows.axis_name)
-    valid = (labels >= 0) & (labels < shards * count)
-    position = jnp.where(valid, labels.astype(jnp.int32), 0)
-    if rows.axis_name is None:
-        return _Label(position, valid, valid)
-    position = position - count * lax.axis_index(rows.axis_name)
-    here = valid & (position >= 0) & (position < count)
-    return _Label(jnp.where(here, position, 0), here, valid)
-
-
-def _from_owner(value: Array, label: _Label, rows: Rows) -> Array:
-    """The value that the shard with the label has."""
-    if rows.axis_name is None:
-        return value
-    return lax.psum(jnp.where(label.here, value, 0), rows.axis_name)
-
-
 class _Terms(NamedTuple):
     """Of a row with the label c and the largest logit m: z_k - m, which entry is c, z_c - m, c."""
 
     d: Array
     is_label: Array
     own: Array
-    label: _Label
+    label: _labels.Label
 
 
 def _terms(logits: Array, labels: Array, where: Array | None, rows: Rows) -> _Terms:
     (axis,) = rows.axes
-    label = _locate(labels, logits.shape, rows)
+    label = _labels.locate(labels, logits.shape, rows)
     d, m = _rows.shifted(logits, where, rows)
     # By a comparison: unlike a scatter it is elementwise under every sharding.
     sizes = [1] * axis + [-1] + [1] * (logits.ndim - axis - 1)
@@ -300,7 +264,7 @@ def _terms(logits: Array, labels: Array, where: Array | None, rows: Rows) -> _Te
     if where is not None:
         allowed = jnp.take_along_axis(jnp.broadcast_to(where, logits.shape), label.position, axis)
         own = jnp.where(allowed, own, -jnp.inf)
-    return _Terms(d, is_label, _from_owner(own, label, rows), label)
+    return _Terms(d, is_label, _labels.from_owner(own, label, rows), label)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -352,5 +316,5 @@ def _residuals_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     """d (p - e_c) = d p."""
     (logits, labels, where), (dlogits, _, _) = primals, tangents
     _, dp = jax.jvp(lambda z: _rows.softmax(z, where, rows, False), (logits,), (dlogits,))
-    valid = _rows.only_if(_locate(labels, logits.shape, rows).valid, jnp.ones((), dp.dtype))
+    valid = _rows.only_if(_labels.locate(labels, logits.shape, rows).valid, jnp.ones((), dp.dtype))
     return _residuals(logits, labels, where, rows), valid * dp

@@ -151,6 +151,31 @@ def test_a_label_out_of_range_is_nan_for_its_example_alone(label: int) -> None:
     assert (np.isnan(gradient).all(-1) == (np.arange(N) == 3)).all()
 
 
+@pytest.mark.single
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32])
+def test_any_integer_dtype_names_classes(dtype: Any) -> None:
+    """300 classes, more than the smallest dtypes count."""
+    x, w = layer()[0], jnp.sin(jnp.arange(300 * D, dtype=WIDE)).reshape(300, D)
+    labels = LABELS + 80
+    close(linear_cross_entropy(x, w, labels.astype(dtype)), linear_cross_entropy(x, w, labels))
+
+
+@pytest.mark.single
+def test_class_weights_of_any_dtype_and_of_no_effect_where_no_example_counts() -> None:
+    x, w, _, a = layer()
+    rounded = a.astype(jnp.bfloat16)
+
+    def result(class_weight: Any, **options: Any) -> Any:
+        def loss(x: Any, w: Any) -> Any:
+            return linear_cross_entropy(x, w, LABELS, class_weight=class_weight, **options)
+
+        return jax.value_and_grad(loss, (0, 1))(x, w)
+
+    close(result(rounded, label_smoothing=0.1), result(rounded.astype(WIDE), label_smoothing=0.1))
+    unused = jnp.where(jnp.arange(V) == 0, inf, a)
+    close(result(unused, ignore_label=0), result(a, ignore_label=0))
+
+
 def test_a_bias_of_minus_inf_excludes_a_class() -> None:
     x, w, b, _ = layer()
     excluded = b.at[10:20].set(-inf)

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.elementwise [dtype | function ...]
 
-All of it takes about 10 minutes on two cores; the names of dtypes and functions select a part.
+All of it takes about 20 minutes on two cores; the names of dtypes and functions select a part.
 
 A ratio is the peer's time over ours: above 1, ours is faster. "vjp" is value and gradient of the
 sum of the result times a constant. "copies" is our time over that of adding 1 to the input, which
@@ -121,10 +121,14 @@ def entry(name: str, shape: tuple[int, ...], axis: int, dtype: str, masked: bool
         contenders["torch"] = partial(h, *args[:2])
         contenders["torch vjp"] = partial(torch_gradient, h, leaf, *args[1:])
     result: dict[str, Any] = dict(medians(contenders, repeats=9))
-    for key, function in (("ours kept", f), ("peer kept", g)):
-        _, vjp = jax.vjp(lambda x: jax.jit(function)(x, where), x)  # noqa: B023
-        result[key] = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp)) / x.nbytes
+    result["ours kept"], result["peer kept"] = (kept(function, x, where) for function in (f, g))
     return result
+
+
+def kept(f: Function, x: jax.Array, where: Any) -> float:
+    """Bytes that are kept for the backward pass, over those of x."""
+    _, vjp = jax.vjp(lambda x: jax.jit(f)(x, where), x)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(vjp)) / x.nbytes
 
 
 def geometric_mean(values: list[float]) -> float:
