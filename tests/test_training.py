@@ -13,7 +13,7 @@ from jaxsoftmax import Params, training
 from jaxsoftmax.objective import make_problem, objective
 from tests.helpers import WIDE
 
-pytestmark = pytest.mark.single
+pytestmark = [pytest.mark.single, pytest.mark.slow]
 
 EXAMPLES, WIDTH, CLASSES, L2 = 50, 3, 4, 1e-2
 OPTIMIZERS = {
