@@ -1,7 +1,7 @@
 """What a row of an array spans, and how it is added up: in the form that suits its shape."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class Rows(NamedTuple):
 
     def sum(self, values: Array) -> Array:
         length = self._length(values)
-        if self._by_product(values):
+        if self._leads(values):
             total = _times_ones(values, self.axes[0], 1)
         elif _on_cpu() and values.size == length > 4096:
             # XLA:CPU of jax 0.10 adds the products of one long row in a single accumulator, which
@@ -40,55 +40,51 @@ class Rows(NamedTuple):
         """
         if self.axis_name is not None:
             return total  # one number per row, also for the transpose to add up over the mesh
-        if self.by_column(values):
+        if self.is_short(values):
             return lax.concatenate([total] * self._length(values), *self.axes)
-        if self._by_product(values):
+        if self._leads(values):
             return _times_ones(total, self.axes[0], self._length(values))
         return total
 
-    def sums(self, f: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
-        """Sums over a row of all that the elementwise f makes of its entries.
+    def sums(self, *values: Array) -> tuple[Array, ...]:
+        """Sums over a row of several arrays. They have no derivative of their own.
 
-        It has no derivative of its own: that of the columns' form would be slow.
+        On a CPU one loop adds up all of them, which computes them on the way. XLA:CPU gives a
+        single sum to a library instead, which is faster, but for rows that are short.
         """
-        if not self.by_column(arrays[0]):
-            return tuple(self.sum(values) for values in f(*arrays))
-        columns = zip(*(self._columns(array) for array in arrays), strict=True)
-        totals = [reduce(jnp.add, values) for values in zip(*(f(*c) for c in columns), strict=True)]
-        if self.axis_name is not None:
-            totals = lax.psum(totals, self.axis_name)
-        return tuple(totals)
+        if self._is_plain(values[0]) and (len(values) > 1 or self.is_short(values[0])):
+            totals = _block_sums(values, *self.axes)
+            return tuple(lax.psum(totals, self.axis_name) if self.axis_name else totals)
+        return tuple(self.sum(value) for value in values)
 
     def max(self, values: Array) -> Array:
+        if self._leads(values):
+            # Across more than 10000 columns XLA:CPU of jax 0.10 takes ten times as long for it as
+            # for the maximum of 16 pieces, which here overlap if they must.
+            length = values.shape[0]
+            size = -(-length // 16)
+            starts = (min(start, length - size) for start in range(0, length, size))
+            values = reduce(jnp.maximum, (lax.slice_in_dim(values, i, i + size) for i in starts))
         maximum = jnp.max(values, self.axes, keepdims=True, initial=-jnp.inf)
         return maximum if self.axis_name is None else lax.pmax(maximum, self.axis_name)
 
     def _length(self, values: Array) -> int:
         return math.prod(values.shape[axis] for axis in self.axes)
 
-    def _columns(self, values: Array) -> list[Array]:
-        (axis,) = self.axes
-        return [lax.slice_in_dim(values, i, i + 1, axis=axis) for i in range(values.shape[axis])]
+    def is_short(self, values: Array) -> bool:
+        """Whether a row is so short that XLA:CPU spends more on the row than on its entries."""
+        return self._is_plain(values) and self._length(values) <= 12
 
-    def by_column(self, values: Array) -> bool:
-        """Whether a row is so short that its entries are best taken one by one.
-
-        XLA:CPU spends some 15 ns on a row beside its entries, and 10 times more if it lies across
-        the memory. Column by column it makes one vectorised loop over all rows: of 3 entries in a
-        third of the time, of 10 in two thirds (jax 0.10 and 0.12); of 16 there is no gain.
-        """
-        return self._is_plain(values) and 0 < self._length(values) <= 12
-
-    def _by_product(self, values: Array) -> bool:
-        """Whether rows lie across the memory: XLA:CPU of jax 0.10 multiplies them by ones 10 to 100
-        times faster than it adds them up; on 0.12 the two are equal."""
+    def _leads(self, values: Array) -> bool:
+        """Whether rows lie across the memory."""
         return self._is_plain(values) and self.axes == (0,) and values.shape[0] > 12
 
     def _is_plain(self, values: Array) -> bool:
-        """Whether a row is one axis of several, whole on a device, and that a CPU."""
-        if not _on_cpu() or len(self.axes) != 1 or values.ndim == 1:
+        """Whether a row is one axis of several, not empty, and on a CPU, of which no explicit mesh
+        shards the array."""
+        if not _on_cpu() or len(self.axes) != 1 or values.ndim == 1 or not self._length(values):
             return False
-        return jax.typeof(values).sharding.spec[self.axes[0]] is None  # of an explicit mesh
+        return not any(jax.typeof(values).sharding.spec)
 
     def any(self, where: Array) -> Array:
         """Whether a row has an allowed entry."""
@@ -96,6 +92,42 @@ class Rows(NamedTuple):
         if self.axis_name is None:
             return found
         return lax.pmax(found.astype(jnp.int32), self.axis_name) > 0
+
+
+def _block_sums(values: Sequence[Array], axis: int) -> list[Array]:
+    """Sums of several arrays over an axis, which keeps size 1, all in one loop.
+
+    The loop adds up blocks of at most 20 entries, which XLA:CPU unrolls and vectorises. Then it
+    adds up their sums.
+    """
+    shape, length = values[0].shape, values[0].shape[axis]
+    before, after = shape[:axis], shape[axis + 1 :]
+    if length <= 20:
+        return [total.reshape(*before, 1, *after) for total in _one_loop(values, axis)]
+    width = max((w for w in range(8, 21) if length % w == 0), default=16)
+    count = length // width
+    whole = [lax.slice_in_dim(value, 0, count * width, axis=axis) for value in values]
+    if after or count >= 64:
+        split, at = (*before, width, count, *after), axis  # vectorised along the memory
+    else:
+        split, at = (-1, width), 1
+    blocks = _one_loop([value.reshape(split) for value in whole], at)
+    blocks = [block.reshape(*before, count, *after) for block in blocks]
+    if count * width < length:
+        rest = [lax.slice_in_dim(value, count * width, length, axis=axis) for value in values]
+        blocks = [
+            lax.concatenate(parts, axis)
+            for parts in zip(blocks, _block_sums(rest, axis), strict=True)
+        ]
+    return _block_sums(blocks, axis)
+
+
+def _one_loop(values: Sequence[Array], axis: int) -> Sequence[Array]:
+    def add(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
+        # a - (-b) is a + b in a form that XLA:CPU does not take for a sum.
+        return [x - (-y) for x, y in zip(a, b, strict=True)]
+
+    return lax.reduce(list(values), [jnp.zeros((), v.dtype) for v in values], add, [axis])
 
 
 def _on_cpu() -> bool:

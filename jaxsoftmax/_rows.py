@@ -44,7 +44,7 @@ def shifted(x: Array, where: Array | None, rows: Rows) -> tuple[Array, Array]:
     maximum, lowest = rows.max(x), jnp.finfo(x.dtype).min
     # A selection, which XLA:CPU doesn't take into a reduction's kernel, or the maximum would come
     # out of that as an array of the size of x.
-    select = rows.by_column(x)
+    select = rows.is_short(x)
     m = jnp.where(maximum == -jnp.inf, lowest, maximum) if select else jnp.maximum(maximum, lowest)
     # Inside a larger jit XLA may compute x anew and contract x - m into a fused multiply-add, whose
     # x is not the rounded one that m was taken from: near 1e11 exp then overflows (jax#37234).
@@ -57,25 +57,15 @@ def or_empty(value: Array, empty: float, where: Array | None, rows: Rows) -> Arr
     return value if where is None else jnp.where(rows.any(where), value, empty)
 
 
-def log_sum(d: Array, rows: Rows, one_kernel: bool = False) -> Array:
+def log_sum(d: Array, rows: Rows) -> Array:
     """log sum exp(d) for d = x - m; `one_kernel` where arithmetic on every entry follows.
 
     Where one entry holds almost everything the sum is 1 + t with a tiny t. The exponential of a
     largest entry is 1 and of all others it is less, so t is the sum of the fractional parts.
     """
 
-    def parts(d: Array) -> tuple[Array, Array]:
-        e = jnp.exp(d)
-        return e, e - jnp.floor(e)
-
-    total, t = rows.sums(parts, d)
-    if one_kernel and not rows.by_column(d):
-        # With the number n of largest entries, not a selection: XLA:CPU then makes one kernel of
-        # the whole log-softmax. With a selection it computes the logarithm anew for every entry.
-        n = jnp.floor(total - t + 0.5)
-        return jnp.log1p(t + (n - 1))
-    # A selection ends the kernel of the sums. In one with what comes after it they take up to ten
-    # times as long.
+    e = jnp.exp(d)
+    total, t = rows.sums(e, e - jnp.floor(e))
     return jnp.log1p(jnp.where(jnp.abs(total - 1) < 0.5, t, total - 1))
 
 
@@ -121,7 +111,7 @@ def softmax(x: Array, where: Array | None, rows: Rows, empty_is_zero: bool) -> A
     """
     d, _ = shifted(x, where, rows)
     e = jnp.exp(d)
-    (total,) = rows.sums(lambda e: (e,), e)
+    (total,) = rows.sums(e)
     # A largest entry, if there is one, adds 1 to the total.
     total = jnp.maximum(total, 1) if empty_is_zero else or_empty(total, 1.0, where, rows)
     return keep(where, e / total).astype(x.dtype)
@@ -145,9 +135,7 @@ def _softmax_jvp(rows: Rows, empty_is_zero: bool, primals: Any, tangents: Any) -
 def log_softmax(x: Array, where: Array | None, rows: Rows) -> Array:
     """x_i - log sum_j exp(x_j), -inf where masked, in the dtype to compute in."""
     d, _ = shifted(x, where, rows)
-    return keep(
-        where, d - or_empty(log_sum(d, rows, one_kernel=where is None), 0.0, where, rows), -jnp.inf
-    )
+    return keep(where, d - or_empty(log_sum(d, rows), 0.0, where, rows), -jnp.inf)
 
 
 @log_softmax.defjvp

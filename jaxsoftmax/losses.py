@@ -257,8 +257,8 @@ def _terms(logits: Array, labels: Array, where: Array | None, rows: Rows) -> _Te
     sizes = [1] * axis + [-1] + [1] * (logits.ndim - axis - 1)
     classes = jnp.arange(logits.shape[axis], dtype=jnp.int32).reshape(sizes)
     is_label = classes == jnp.where(label.here, label.position, -1)
-    if rows.by_column(logits):
-        (own,) = rows.sums(lambda d, is_label: (jnp.where(is_label, d, 0),), d, is_label)
+    if rows.is_short(logits):
+        (own,) = rows.sums(jnp.where(is_label, d, 0))
         return _Terms(d, is_label, own, label)
     own = jnp.minimum(wide(jnp.take_along_axis(logits, label.position, axis)), m) - m
     if where is not None:
@@ -275,7 +275,7 @@ def _integer_cross_entropy(logits: Array, labels: Array, where: Array | None, ro
     label, and the tiny p_c - 1 of its gradient, keep their digits.
     """
     d, is_label, own, label = _terms(logits, labels, where, rows)
-    (others,) = rows.sums(lambda d, is_label: (jnp.where(is_label, 0, jnp.exp(d)),), d, is_label)
+    (others,) = rows.sums(jnp.where(is_label, 0, jnp.exp(d)))
     # A selection after the sum, as in log_sum: XLA:CPU would take the rest into the sum's kernel.
     log_sum = jnp.where(own == 0, jnp.log1p(others), jnp.log(others + jnp.exp(own)))
     loss = _rows.or_empty(log_sum, 0.0, where, rows) - own
@@ -287,7 +287,7 @@ def _residuals(logits: Array, labels: Array, where: Array | None, rows: Rows) ->
     """p - e_c, the gradient of the loss; p_c - 1 is minus the sum of the other probabilities."""
     d, is_label, own, label = _terms(logits, labels, where, rows)
     e = jnp.where(is_label, 0, jnp.exp(d))
-    (others,) = rows.sums(lambda e: (e,), e)
+    (others,) = rows.sums(e)
     total = _rows.or_empty(others + jnp.exp(own), 1.0, where, rows)
     total = _rows.only_if(label.valid, total)
     return jnp.where(is_label, -others / total, e / total).astype(logits.dtype)
