@@ -24,14 +24,14 @@ from jaxsoftmax._rows import (
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def entropy(z: Array, where: Array | None, rows: Rows) -> Array:
     """-sum_k p_k log p_k, 0 in a row that is masked throughout."""
-    return -rows.sum(softmax(z, where, rows, False) * _finite_log_softmax(z, where, rows))
+    return -rows.sum(softmax(z, where, rows) * _finite_log_softmax(z, where, rows))
 
 
 @entropy.defjvp
 def _entropy_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     """d H = -sum_k p_k (log p_k + H) dz_k."""
     (z, where), (dz, _) = primals, tangents
-    p = softmax(z, where, rows, False)
+    p = softmax(z, where, rows)
     gradient = -p * centred(_finite_log_softmax(z, where, rows), p, rows)
     return entropy(z, where, rows), rows.sum(gradient * keep(where, dz))
 
@@ -68,7 +68,7 @@ def _log_ratio(z: Array, t: Array, where: Array | None, rows: Rows) -> _LogRatio
     # Of two forms of the same number the one with the smaller parts has the smaller rounding.
     close = jnp.abs(z - t) + jnp.abs(shift) < jnp.abs(dz) + jnp.abs(dt)
     d = jnp.where(both, jnp.where(close, z - t - shift, dz - dt), 0)
-    d, q = lax.optimization_barrier((d, softmax(t, where, rows, False)))
+    d, q = lax.optimization_barrier((d, softmax(t, where, rows)))
     return _LogRatio(d, centred(d, q, rows), both, q)
 
 
@@ -112,7 +112,7 @@ def _kl_divergence_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _difference(z: Array, t: Array, where: Array | None, rows: Rows) -> Array:
     """p - q, with the digits that it has between distributions that are close."""
-    p = softmax(z, where, rows, False)
+    p = softmax(z, where, rows)
     _, delta, both, q = _log_ratio(z, t, where, rows)
     log_ratio = delta - kl_divergence(z, t, where, rows)
     return jnp.where(both & (jnp.abs(log_ratio) < 0.5), q * jnp.expm1(log_ratio), p - q)
@@ -123,6 +123,6 @@ def _difference_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     (z, t, where), (dz, dt, _) = primals, tangents
 
     def difference(z: Array, t: Array) -> Array:
-        return softmax(z, where, rows, False) - softmax(t, where, rows, False)
+        return softmax(z, where, rows) - softmax(t, where, rows)
 
     return _difference(z, t, where, rows), jax.jvp(difference, (z, t), (dz, dt))[1]

@@ -9,7 +9,7 @@ and a comparison among it costs two to three times the time.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -57,15 +57,22 @@ def or_empty(value: Array, empty: float, where: Array | None, rows: Rows) -> Arr
     return value if where is None else jnp.where(rows.any(where), value, empty)
 
 
-def log_sum(d: Array, rows: Rows) -> Array:
-    """log sum exp(d) for d = x - m; `one_kernel` where arithmetic on every entry follows.
+def exp_sums(e: Array, rows: Rows) -> tuple[Array, Array]:
+    """sum e for e = exp(x - m), and the same without the largest entries.
 
-    Where one entry holds almost everything the sum is 1 + t with a tiny t. The exponential of a
-    largest entry is 1 and of all others it is less, so t is the sum of the fractional parts.
+    The exponential of a largest entry is 1 and of all others it is less: what they add is the sum
+    of the fractional parts.
     """
+    total, others = rows.sums(e, e - jnp.floor(e))
+    return total, others
 
-    e = jnp.exp(d)
-    total, t = rows.sums(e, e - jnp.floor(e))
+
+def log_sum(d: Array, rows: Rows) -> Array:
+    """log sum exp(d) for d = x - m.
+
+    Where one entry holds almost everything the sum is 1 + t with a tiny t.
+    """
+    total, t = exp_sums(jnp.exp(d), rows)
     return jnp.log1p(jnp.where(jnp.abs(total - 1) < 0.5, t, total - 1))
 
 
@@ -89,45 +96,49 @@ def centred(t: Array, p: Array, rows: Rows) -> Array:
 
 # The linear map of each rule works on its residual in the dtype of computation. As a checkpoint it
 # saves the residual as it came, in the input's dtype, and converts it again when it is needed.
+Use = Literal["value", "log_softmax", "logsumexp"]  # what a softmax is, or whose derivative
+
 linear_map = partial(jax.checkpoint, prevent_cse=False)
 
 
-def saved(x: Array, where: Array | None, rows: Rows, empty_is_zero: bool) -> Array:
+def saved(x: Array, where: Array | None, rows: Rows, use: Use) -> Array:
     """What a rule keeps of x: the softmax, but x in float16, in which tails would underflow."""
-    return x if x.dtype == jnp.float16 else softmax(x, where, rows, empty_is_zero)
+    return x if x.dtype == jnp.float16 else softmax(x, where, rows, use)
 
 
-def restored(y: Array, where: Array | None, rows: Rows, empty_is_zero: bool) -> Array:
+def restored(y: Array, where: Array | None, rows: Rows, use: Use) -> Array:
     """The softmax from what was saved, in the dtype to compute in."""
-    return softmax(wide(y), where, rows, empty_is_zero) if y.dtype == jnp.float16 else wide(y)
+    return softmax(wide(y), where, rows, use) if y.dtype == jnp.float16 else wide(y)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def softmax(x: Array, where: Array | None, rows: Rows, empty_is_zero: bool) -> Array:
+def softmax(x: Array, where: Array | None, rows: Rows, use: Use = "value") -> Array:
     """exp(x_i) / sum_j exp(x_j), 0 in a row that is masked throughout.
 
-    A row whose allowed entries are all -inf is NaN, or 0 if `empty_is_zero`, as the gradient of
-    log-sum-exp needs it.
+    A row whose allowed entries are all -inf is NaN, but 0 as the gradient of log-sum-exp. Beside a
+    logarithm the sum is the one that it takes, and is computed once.
     """
     d, _ = shifted(x, where, rows)
     e = jnp.exp(d)
-    (total,) = rows.sums(e)
+    # The larger of both sums is the total: XLA would drop a sum that is not used, before it sees
+    # that the logarithm needs it too.
+    total = rows.sums(e)[0] if use == "value" else jnp.maximum(*exp_sums(e, rows))
     # A largest entry, if there is one, adds 1 to the total.
-    total = jnp.maximum(total, 1) if empty_is_zero else or_empty(total, 1.0, where, rows)
+    total = jnp.maximum(total, 1) if use == "logsumexp" else or_empty(total, 1.0, where, rows)
     return keep(where, e / total).astype(x.dtype)
 
 
 @softmax.defjvp
-def _softmax_jvp(rows: Rows, empty_is_zero: bool, primals: Any, tangents: Any) -> Any:
+def _softmax_jvp(rows: Rows, use: Use, primals: Any, tangents: Any) -> Any:
     """d s_i = s_i (dx_i - sum_j s_j dx_j)."""
     (x, where), (dx, _) = primals, tangents
 
     @linear_map
     def linear(y: Array, where: Array | None, dx: Array) -> Array:
-        s = restored(y, where, rows, empty_is_zero)
+        s = restored(y, where, rows, use)
         return (s * centred(keep(where, wide(dx)), s, rows)).astype(x.dtype)
 
-    y = softmax(x, where, rows, empty_is_zero)
+    y = softmax(x, where, rows, use)
     return y, linear(x if x.dtype == jnp.float16 else y, where, dx)
 
 
@@ -145,10 +156,10 @@ def _log_softmax_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
 
     @linear_map
     def linear(y: Array, where: Array | None, dx: Array) -> Array:
-        s = restored(y, where, rows, False)
+        s = restored(y, where, rows, "log_softmax")
         return keep(where, centred(keep(where, wide(dx)), s, rows))
 
-    return log_softmax(x, where, rows), linear(saved(x, where, rows, False), where, dx)
+    return log_softmax(x, where, rows), linear(saved(x, where, rows, "log_softmax"), where, dx)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -165,9 +176,9 @@ def _logsumexp_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
 
     @linear_map
     def linear(y: Array, where: Array | None, dx: Array) -> Array:
-        return rows.sum(restored(y, where, rows, True) * keep(where, wide(dx)))
+        return rows.sum(restored(y, where, rows, "logsumexp") * keep(where, wide(dx)))
 
-    return logsumexp(x, where, rows), linear(saved(x, where, rows, True), where, dx)
+    return logsumexp(x, where, rows), linear(saved(x, where, rows, "logsumexp"), where, dx)
 
 
 def tempered(x: Array, temperature: Array, where: Array | None, rows: Rows) -> Array:

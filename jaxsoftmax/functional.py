@@ -83,7 +83,7 @@ def softmax(
     """
     x = _checks.real_array("x", x)
     z, mask, rows = _prepared(x, axis, where, temperature, axis_name)
-    return _softmax(z, mask, rows, False).astype(x.dtype)
+    return _softmax(z, mask, rows).astype(x.dtype)
 
 
 def log_softmax(
@@ -310,7 +310,7 @@ def softmax_jacobian(
     x = _checks.real_array("x", x)
     index = _checks.axis_index(axis, x.ndim)
     z, mask, rows = _prepared(wide(x), index, where, temperature, None)
-    p = jnp.moveaxis(_softmax(z, mask, rows, False), index, -1)
+    p = jnp.moveaxis(_softmax(z, mask, rows), index, -1)
     eye = jnp.eye(p.shape[-1], dtype=bool)
     off_diagonal = jnp.where(eye, 0, p[..., :, None] * p[..., None, :])
     jacobian = jnp.where(eye, off_diagonal.sum(-1, keepdims=True), -off_diagonal)

@@ -231,11 +231,11 @@ def _expectation_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
 
         @_rows.linear_map
         def linear(p: Array, shares: Array, where: Array | None, dlogits: Array) -> Array:
-            p = _rows.restored(p, where, rows, False)
+            p = _rows.restored(p, where, rows, "log_softmax")
             dlog = _rows.centred(keep(where, wide(dlogits)), p, rows)
             return -rows.sum(shares * keep(where, dlog))
 
-        p = _rows.saved(logits, where, rows, False)
+        p = _rows.saved(logits, where, rows, "log_softmax")
         parts.append(linear(p, shares, where, dlogits))
     return _expectation(shares, logits, where, rows), sum(parts)
 
@@ -315,6 +315,6 @@ def _integer_cross_entropy_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
 def _residuals_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     """d (p - e_c) = d p."""
     (logits, labels, where), (dlogits, _, _) = primals, tangents
-    _, dp = jax.jvp(lambda z: _rows.softmax(z, where, rows, False), (logits,), (dlogits,))
+    _, dp = jax.jvp(lambda z: _rows.softmax(z, where, rows), (logits,), (dlogits,))
     valid = _rows.only_if(_labels.locate(labels, logits.shape, rows).valid, jnp.ones((), dp.dtype))
     return _residuals(logits, labels, where, rows), valid * dp
