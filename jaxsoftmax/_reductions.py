@@ -77,12 +77,12 @@ class Rows(NamedTuple):
 
     def _leads(self, values: Array) -> bool:
         """Whether rows lie across the memory."""
-        return self._is_plain(values) and self.axes == (0,) and values.shape[0] > 12
+        return self._is_plain(values) and self.axes == (0,) and values.ndim > 1 and len(values) > 12
 
     def _is_plain(self, values: Array) -> bool:
-        """Whether a row is one axis of several, not empty, and on a CPU, of which no explicit mesh
+        """Whether a row is one axis, not empty, and on a CPU, of which no explicit mesh
         shards the array."""
-        if not _on_cpu() or len(self.axes) != 1 or values.ndim == 1 or not self._length(values):
+        if not _on_cpu() or len(self.axes) != 1 or not self._length(values):
             return False
         return not any(jax.typeof(values).sharding.spec)
 

@@ -9,7 +9,7 @@ and a comparison among it costs two to three times the time.
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,23 +57,26 @@ def or_empty(value: Array, empty: float, where: Array | None, rows: Rows) -> Arr
     return value if where is None else jnp.where(rows.any(where), value, empty)
 
 
-def exp_sums(e: Array, rows: Rows) -> tuple[Array, Array]:
-    """sum e for e = exp(x - m), and the same without the largest entries.
+class Exponentials(NamedTuple):
+    """exp(x - m), their sum over a row, and its logarithm."""
 
-    The exponential of a largest entry is 1 and of all others it is less: what they add is the sum
-    of the fractional parts.
+    e: Array
+    total: Array
+    log_total: Array
+
+
+def exponentials(d: Array, rows: Rows) -> Exponentials:
+    """Those of d = x - m.
+
+    Where one entry holds almost everything the sum is 1 + t with a tiny t. The exponential of a
+    largest entry is 1 and of all others it is less, so t is the sum of the fractional parts.
     """
-    total, others = rows.sums(e, e - jnp.floor(e))
-    return total, others
-
-
-def log_sum(d: Array, rows: Rows) -> Array:
-    """log sum exp(d) for d = x - m.
-
-    Where one entry holds almost everything the sum is 1 + t with a tiny t.
-    """
-    total, t = exp_sums(jnp.exp(d), rows)
-    return jnp.log1p(jnp.where(jnp.abs(total - 1) < 0.5, t, total - 1))
+    e = jnp.exp(d)
+    total, t = rows.sums(e, e - jnp.floor(e))
+    log_total = jnp.log1p(jnp.where(jnp.abs(total - 1) < 0.5, t, total - 1))
+    # The larger of both sums is the total: XLA would drop a sum that is not used, before it sees
+    # that the logarithm uses it.
+    return Exponentials(e, jnp.maximum(total, t), log_total)
 
 
 def only_if(condition: Array, value: Array) -> Array:
@@ -119,10 +122,11 @@ def softmax(x: Array, where: Array | None, rows: Rows, use: Use = "value") -> Ar
     logarithm the sum is the one that it takes, and is computed once.
     """
     d, _ = shifted(x, where, rows)
-    e = jnp.exp(d)
-    # The larger of both sums is the total: XLA would drop a sum that is not used, before it sees
-    # that the logarithm needs it too.
-    total = rows.sums(e)[0] if use == "value" else jnp.maximum(*exp_sums(e, rows))
+    if use == "value":
+        e = jnp.exp(d)
+        (total,) = rows.sums(e)
+    else:
+        e, total, _ = exponentials(d, rows)
     # A largest entry, if there is one, adds 1 to the total.
     total = jnp.maximum(total, 1) if use == "logsumexp" else or_empty(total, 1.0, where, rows)
     return keep(where, e / total).astype(x.dtype)
@@ -146,7 +150,8 @@ def _softmax_jvp(rows: Rows, use: Use, primals: Any, tangents: Any) -> Any:
 def log_softmax(x: Array, where: Array | None, rows: Rows) -> Array:
     """x_i - log sum_j exp(x_j), -inf where masked, in the dtype to compute in."""
     d, _ = shifted(x, where, rows)
-    return keep(where, d - or_empty(log_sum(d, rows), 0.0, where, rows), -jnp.inf)
+    log_total = or_empty(exponentials(d, rows).log_total, 0.0, where, rows)
+    return keep(where, d - log_total, -jnp.inf)
 
 
 @log_softmax.defjvp
@@ -166,7 +171,7 @@ def _log_softmax_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
 def logsumexp(x: Array, where: Array | None, rows: Rows) -> Array:
     """log sum_i exp(x_i), in the dtype to compute in."""
     d, m = shifted(x, where, rows)
-    return jnp.where(m == jnp.inf, jnp.inf, log_sum(d, rows) + m)
+    return jnp.where(m == jnp.inf, jnp.inf, exponentials(d, rows).log_total + m)
 
 
 @logsumexp.defjvp

@@ -269,52 +269,59 @@ def _terms(logits: Array, labels: Array, where: Array | None, rows: Rows) -> _Te
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _integer_cross_entropy(logits: Array, labels: Array, where: Array | None, rows: Rows) -> Array:
-    """log sum_k exp(z_k - m) - (z_c - m).
-
-    The label's own term is kept apart from the rest of the sum. So the tiny loss of a confident
-    label, and the tiny p_c - 1 of its gradient, keep their digits.
-    """
-    d, is_label, own, label = _terms(logits, labels, where, rows)
-    (others,) = rows.sums(jnp.where(is_label, 0, jnp.exp(d)))
-    # A selection after the sum, as in log_sum: XLA:CPU would take the rest into the sum's kernel.
-    log_sum = jnp.where(own == 0, jnp.log1p(others), jnp.log(others + jnp.exp(own)))
-    loss = _rows.or_empty(log_sum, 0.0, where, rows) - own
+    """log sum_k exp(z_k - m) - (z_c - m). Of the two parts one is 0, or neither is small."""
+    d, _, own, label = _terms(logits, labels, where, rows)
+    log_total = _rows.exponentials(d, rows).log_total
+    loss = _rows.or_empty(log_total, 0.0, where, rows) - own
     return _rows.only_if(label.valid, loss)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _residuals(logits: Array, labels: Array, where: Array | None, rows: Rows) -> Array:
-    """p - e_c, the gradient of the loss; p_c - 1 is minus the sum of the other probabilities."""
+def _loss_and_residuals(
+    logits: Array, labels: Array, where: Array | None, rows: Rows
+) -> tuple[Array, Array]:
+    """The same loss, and p - e_c, its gradient, for its rule.
+
+    The label's own term is kept apart from the rest of the sum, of which p_c - 1 is the negative
+    share. So it keeps its digits for a confident label, as the loss does.
+    """
     d, is_label, own, label = _terms(logits, labels, where, rows)
     e = jnp.where(is_label, 0, jnp.exp(d))
     (others,) = rows.sums(e)
+    # A selection after the sum: XLA:CPU would take the rest into the sum's kernel.
+    log_total = jnp.where(own == 0, jnp.log1p(others), jnp.log(others + jnp.exp(own)))
+    loss = _rows.or_empty(log_total, 0.0, where, rows) - own
     total = _rows.or_empty(others + jnp.exp(own), 1.0, where, rows)
     total = _rows.only_if(label.valid, total)
-    return jnp.where(is_label, -others / total, e / total).astype(logits.dtype)
+    residuals = jnp.where(is_label, -others / total, e / total)
+    return _rows.only_if(label.valid, loss), residuals.astype(logits.dtype)
 
 
 @_integer_cross_entropy.defjvp
 def _integer_cross_entropy_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     """d l = sum_k (p - e_c)_k dz_k."""
     (logits, labels, where), (dlogits, _, _) = primals, tangents
+    loss, residuals = _loss_and_residuals(logits, labels, where, rows)
     recomputed = logits.dtype == jnp.float16  # as in _rows.saved
 
     @_rows.linear_map
     def linear(r: Array, labels: Any, where: Array | None, dlogits: Array) -> Array:
-        r = _residuals(wide(r), labels, where, rows) if recomputed else wide(r)
-        return rows.sum(r * keep(where, wide(dlogits)))
+        if recomputed:
+            _, r = _loss_and_residuals(wide(r), labels, where, rows)
+        return rows.sum(wide(r) * keep(where, wide(dlogits)))
 
-    if recomputed:
-        dloss = linear(logits, labels, where, dlogits)
-    else:
-        dloss = linear(_residuals(logits, labels, where, rows), None, where, dlogits)
-    return _integer_cross_entropy(logits, labels, where, rows), dloss
+    kept = (logits, labels) if recomputed else (residuals, None)
+    return loss, linear(*kept, where, dlogits)
 
 
-@_residuals.defjvp
-def _residuals_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
+@_loss_and_residuals.defjvp
+def _loss_and_residuals_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     """d (p - e_c) = d p."""
     (logits, labels, where), (dlogits, _, _) = primals, tangents
-    _, dp = jax.jvp(lambda z: _rows.softmax(z, where, rows), (logits,), (dlogits,))
+
+    def loss_and_softmax(z: Array) -> tuple[Array, Array]:
+        return _integer_cross_entropy(z, labels, where, rows), _rows.softmax(z, where, rows)
+
+    _, (dloss, dp) = jax.jvp(loss_and_softmax, (logits,), (dlogits,))
     valid = _rows.only_if(_labels.locate(labels, logits.shape, rows).valid, jnp.ones((), dp.dtype))
-    return _residuals(logits, labels, where, rows), valid * dp
+    return _loss_and_residuals(logits, labels, where, rows), (dloss, valid * dp)
