@@ -86,6 +86,21 @@ class Rows(NamedTuple):
             return False
         return not any(jax.typeof(values).sharding.spec)
 
+    def keep(self, where: Array | None, values: Array, otherwise: float = 0) -> Array:
+        """`values` where allowed, `otherwise` where masked. It has no derivative of its own."""
+        if where is None:
+            return values
+        if not self._is_plain(values) or self.axes != (values.ndim - 1,) or values.shape[-1] > 40:
+            return jnp.where(where, values, otherwise)
+        # Bit by bit: of a selection along short rows XLA:CPU makes branches.
+        integer = jnp.dtype(f"int{8 * values.dtype.itemsize}")
+        allowed = -where.astype(integer)
+        bits, other_bits = (
+            lax.bitcast_convert_type(v, integer)
+            for v in (values, jnp.asarray(otherwise, values.dtype))
+        )
+        return lax.bitcast_convert_type((bits & allowed) | (other_bits & ~allowed), values.dtype)
+
     def any(self, where: Array) -> Array:
         """Whether a row has an allowed entry."""
         found = jnp.any(where, self.axes, keepdims=True)

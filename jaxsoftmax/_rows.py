@@ -40,7 +40,7 @@ def shifted(x: Array, where: Array | None, rows: Rows) -> tuple[Array, Array]:
 
     A row with +inf or NaN is NaN.
     """
-    x = keep(where, wide(x), -jnp.inf)
+    x = rows.keep(where, wide(x), -jnp.inf)
     maximum, lowest = rows.max(x), jnp.finfo(x.dtype).min
     # A selection, which XLA:CPU doesn't take into a reduction's kernel, or the maximum would come
     # out of that as an array of the size of x.
@@ -129,7 +129,7 @@ def softmax(x: Array, where: Array | None, rows: Rows, use: Use = "value") -> Ar
         e, total, _ = exponentials(d, rows)
     # A largest entry, if there is one, adds 1 to the total.
     total = jnp.maximum(total, 1) if use == "logsumexp" else or_empty(total, 1.0, where, rows)
-    return keep(where, e / total).astype(x.dtype)
+    return rows.keep(where, e / total).astype(x.dtype)
 
 
 @softmax.defjvp
@@ -151,7 +151,7 @@ def log_softmax(x: Array, where: Array | None, rows: Rows) -> Array:
     """x_i - log sum_j exp(x_j), -inf where masked, in the dtype to compute in."""
     d, _ = shifted(x, where, rows)
     log_total = or_empty(exponentials(d, rows).log_total, 0.0, where, rows)
-    return keep(where, d - log_total, -jnp.inf)
+    return rows.keep(where, d - log_total, -jnp.inf)
 
 
 @log_softmax.defjvp
