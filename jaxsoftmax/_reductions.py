@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -60,11 +59,10 @@ class Rows(NamedTuple):
     def max(self, values: Array) -> Array:
         if self._leads(values):
             # Across more than 10000 columns XLA:CPU of jax 0.10 takes ten times as long for it as
-            # for the maximum of 16 pieces, which here overlap if they must.
-            length = values.shape[0]
-            size = -(-length // 16)
-            starts = (min(start, length - size) for start in range(0, length, size))
-            values = reduce(jnp.maximum, (lax.slice_in_dim(values, i, i + size) for i in starts))
+            # for that of halves, which here overlap by an entry if they must.
+            for _ in range(4):
+                half = -(-len(values) // 2)
+                values = jnp.maximum(values[:half], values[-half:])
         maximum = jnp.max(values, self.axes, keepdims=True, initial=-jnp.inf)
         return maximum if self.axis_name is None else lax.pmax(maximum, self.axis_name)
 
@@ -134,6 +132,8 @@ def _block_sums(values: Sequence[Array], axis: int) -> list[Array]:
             lax.concatenate(parts, axis)
             for parts in zip(blocks, _block_sums(rest, axis), strict=True)
         ]
+    if not after and count >= 64:
+        return [jnp.sum(block, axis, keepdims=True) for block in blocks]  # as fast, compiled sooner
     return _block_sums(blocks, axis)
 
 
