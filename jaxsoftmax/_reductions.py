@@ -48,8 +48,10 @@ class Rows(NamedTuple):
     def sums(self, *values: Array) -> tuple[Array, ...]:
         """Sums over a row of several arrays. They have no derivative of their own.
 
-        On a CPU one loop adds up all of them, which computes them on the way. XLA:CPU gives a
-        single sum to a library instead, which is faster, but for rows that are short.
+        On a CPU one loop computes and adds up all of them, in half to nine tenths of the time of
+        XLA:CPU's own sums, one by one (exp(x) and its fractional part, float32, rows of 26 to
+        65536). A single sum is faster in XLA's form, but in short rows, where it costs some 15 ns a
+        row beside the entries: in rows of 3 the loop takes a seventh of the time.
         """
         if self._is_plain(values[0]) and (len(values) > 1 or self.is_short(values[0])):
             totals = _block_sums(values, *self.axes)
@@ -78,8 +80,7 @@ class Rows(NamedTuple):
         return self._is_plain(values) and self.axes == (0,) and values.ndim > 1 and len(values) > 12
 
     def _is_plain(self, values: Array) -> bool:
-        """Whether a row is one axis, not empty, and on a CPU, of which no explicit mesh
-        shards the array."""
+        """Whether a row is one axis, not empty, of an array on a CPU, not on an explicit mesh."""
         if not _on_cpu() or len(self.axes) != 1 or not self._length(values):
             return False
         return not any(jax.typeof(values).sharding.spec)
@@ -139,7 +140,8 @@ def _block_sums(values: Sequence[Array], axis: int) -> list[Array]:
 
 def _one_loop(values: Sequence[Array], axis: int) -> Sequence[Array]:
     def add(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
-        # a - (-b) is a + b in a form that XLA:CPU does not take for a sum.
+        # a - (-b) is a + b in a form that XLA:CPU doesn't take for a sum: that it would give to a
+        # library, after writing out what is to be added.
         return [x - (-y) for x, y in zip(a, b, strict=True)]
 
     return lax.reduce(list(values), [jnp.zeros((), v.dtype) for v in values], add, [axis])

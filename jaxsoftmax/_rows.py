@@ -3,9 +3,6 @@
 The derivative of the first three is the softmax itself, so it is the only residual that their rules
 keep, in the input's dtype. Each rule calls the function that it differentiates, so every higher
 derivative is analytic too.
-
-Where no mask is given a row is all arithmetic: XLA:CPU makes one kernel of it, with accurate sums,
-and a comparison among it costs two to three times the time.
 """
 
 from functools import partial
@@ -41,15 +38,13 @@ def shifted(x: Array, where: Array | None, rows: Rows) -> tuple[Array, Array]:
     A row with +inf or NaN is NaN.
     """
     x = rows.keep(where, wide(x), -jnp.inf)
-    maximum, lowest = rows.max(x), jnp.finfo(x.dtype).min
-    # A selection, which XLA:CPU doesn't take into a reduction's kernel, or the maximum would come
-    # out of that as an array of the size of x.
-    select = rows.is_short(x)
-    m = jnp.where(maximum == -jnp.inf, lowest, maximum) if select else jnp.maximum(maximum, lowest)
+    maximum = rows.max(x)
+    m = jnp.maximum(maximum, jnp.finfo(x.dtype).min)
     # Inside a larger jit XLA may compute x anew and contract x - m into a fused multiply-add, whose
     # x is not the rounded one that m was taken from: near 1e11 exp then overflows (jax#37234).
-    # minimum(x, m) is m itself for the largest entry and keeps the contraction out.
-    return jnp.minimum(x, m if select else maximum) - m, m
+    # The minimum is m itself for the largest entry and keeps the contraction out. It takes the
+    # maximum as it came: of m alone XLA:CPU makes an array of the size of x.
+    return jnp.minimum(x, maximum) - m, m
 
 
 def or_empty(value: Array, empty: float, where: Array | None, rows: Rows) -> Array:
@@ -97,10 +92,11 @@ def centred(t: Array, p: Array, rows: Rows) -> Array:
     return t
 
 
+# What a softmax is: a value, or the derivative of something.
+Use = Literal["value", "log_softmax", "logsumexp"]
+
 # The linear map of each rule works on its residual in the dtype of computation. As a checkpoint it
 # saves the residual as it came, in the input's dtype, and converts it again when it is needed.
-Use = Literal["value", "log_softmax", "logsumexp"]  # what a softmax is, or whose derivative
-
 linear_map = partial(jax.checkpoint, prevent_cse=False)
 
 

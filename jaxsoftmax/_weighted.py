@@ -50,7 +50,7 @@ def weighted_logsumexp(a: Array, b: Array, where: Array | None, rows: Rows) -> t
     """log|S| and the sign of S = sum_i b_i exp(a_i) for real a and b, log S and 1 for complex ones;
     both in the dtype to compute in."""
     w = _weighted(a, b, where, rows)
-    # As in log_sum: near |S| = 1 the terms that are not the largest keep their digits.
+    # As in `exponentials`: near |S| = 1 the terms that are not the largest keep their digits.
     large = w.root >= 1
     head, tail = (rows.sum(jnp.where(part, w.terms, 0)) for part in (large, ~large))
     total, sign = w.total, jnp.ones_like(w.total)

@@ -50,6 +50,24 @@ def values(x: jax.Array, axis: Any, where: jax.Array | None) -> tuple[jax.Array,
     return softmax(x, axis, where), log_softmax(x, axis, where), logsumexp(x, axis, where=where)
 
 
+@pytest.mark.parametrize("length", [1, 2, 12, 13, 20, 21, 23, 26, 41, 64, 101, 1024, 1285, 4099])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_no_entry_of_a_row_is_lost_or_counted_twice(length: int, axis: int) -> None:
+    shape = [2, 3, 2]
+    shape[axis] = length
+    rng = np.random.default_rng(length)
+    x = np.log2(rng.integers(1, 4, shape)).round() * np.log(2)  # ties of the largest
+    allowed = rng.random(shape) < 0.8
+    for where in (None, allowed):
+        kept = x if where is None else np.where(where, x, -inf)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            log_total = scipy.special.logsumexp(kept, axis, keepdims=True)
+        log_p = np.where(kept == -inf, -inf, kept - np.where(log_total == -inf, 0, log_total))
+        expected = np.exp(log_p), log_p, log_total.squeeze(axis)
+        for result, wanted in zip(values(jnp.asarray(x, WIDE), axis, where), expected, strict=True):
+            np.testing.assert_allclose(result, wanted, rtol=8 * eps(WIDE), atol=8 * eps(WIDE))
+
+
 @over_cases
 @over_dtypes
 def test_values_equal_those_at_80_digits(case: Case, dtype: Any) -> None:
