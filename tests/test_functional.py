@@ -50,7 +50,8 @@ def values(x: jax.Array, axis: Any, where: jax.Array | None) -> tuple[jax.Array,
     return softmax(x, axis, where), log_softmax(x, axis, where), logsumexp(x, axis, where=where)
 
 
-@pytest.mark.parametrize("length", [1, 2, 12, 13, 20, 21, 23, 26, 41, 64, 101, 1024, 1285, 4099])
+@pytest.mark.single
+@pytest.mark.parametrize("length", [1, 12, 13, 20, 23, 41, 101, 1285])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_no_entry_of_a_row_is_lost_or_counted_twice(length: int, axis: int) -> None:
     shape = [2, 3, 2]
