@@ -43,6 +43,12 @@ def from_owner(value: Array, label: Label, rows: Rows) -> Array:
     return lax.psum(jnp.where(label.here, value, 0), rows.axis_name)
 
 
+def log_total(others: Array, own: Array) -> Array:
+    """log sum_k exp(z_k - m) from the label's own z_c - m and the sum over the other classes, which
+    keeps the digits of a logarithm near 0."""
+    return jnp.where(own == 0, jnp.log1p(others), jnp.log(others + jnp.exp(own)))
+
+
 def own_weight(class_weight: Array, label: Label, rows: Rows) -> Array:
     """The weight of each label's class."""
     # Sharded as the labels are, which an explicit mesh wants to be told.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from jaxsoftmax import _labels
 from jaxsoftmax._checks import AxisName
 from jaxsoftmax._rows import compute_dtype
 
@@ -120,7 +121,7 @@ def _over_classes(
         # The label's own term is kept apart: so the tiny loss of a confident label keeps its
         # digits, and z_y - m is exact for large logits that are equal.
         d = jnp.minimum(own, m) - m
-        log_sum = jnp.where(d == 0, jnp.log1p(others), jnp.log(others + jnp.exp(d)))
+        log_sum = _labels.log_total(others, d)
         loss = log_sum - d
     spread = None if below is None or area is None else below + area * log_sum
     return Statistics(m + log_sum if form.log_z else None, loss, spread)

@@ -37,7 +37,7 @@ def shifted(x: Array, where: Array | None, rows: Rows) -> tuple[Array, Array]:
 
     A row with +inf or NaN is NaN.
     """
-    x = rows.keep(where, wide(x), -jnp.inf)
+    x = rows.select(where, wide(x), -jnp.inf)
     maximum = rows.max(x)
     m = jnp.maximum(maximum, jnp.finfo(x.dtype).min)
     # Inside a larger jit XLA may compute x anew and contract x - m into a fused multiply-add, whose
@@ -125,7 +125,7 @@ def softmax(x: Array, where: Array | None, rows: Rows, use: Use = "value") -> Ar
         e, total, _ = exponentials(d, rows)
     # A largest entry, if there is one, adds 1 to the total.
     total = jnp.maximum(total, 1) if use == "logsumexp" else or_empty(total, 1.0, where, rows)
-    return rows.keep(where, e / total).astype(x.dtype)
+    return rows.select(where, e / total).astype(x.dtype)
 
 
 @softmax.defjvp
@@ -147,7 +147,7 @@ def log_softmax(x: Array, where: Array | None, rows: Rows) -> Array:
     """x_i - log sum_j exp(x_j), -inf where masked, in the dtype to compute in."""
     d, _ = shifted(x, where, rows)
     log_total = or_empty(exponentials(d, rows).log_total, 0.0, where, rows)
-    return rows.keep(where, d - log_total, -jnp.inf)
+    return rows.select(where, d - log_total, -jnp.inf)
 
 
 @log_softmax.defjvp

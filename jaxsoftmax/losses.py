@@ -288,9 +288,7 @@ def _loss_and_residuals(
     d, is_label, own, label = _terms(logits, labels, where, rows)
     e = jnp.where(is_label, 0, jnp.exp(d))
     (others,) = rows.sums(e)
-    # A selection after the sum: XLA:CPU would take the rest into the sum's kernel.
-    log_total = jnp.where(own == 0, jnp.log1p(others), jnp.log(others + jnp.exp(own)))
-    loss = _rows.or_empty(log_total, 0.0, where, rows) - own
+    loss = _rows.or_empty(_labels.log_total(others, own), 0.0, where, rows) - own
     total = _rows.or_empty(others + jnp.exp(own), 1.0, where, rows)
     total = _rows.only_if(label.valid, total)
     residuals = jnp.where(is_label, -others / total, e / total)

@@ -15,6 +15,7 @@ library's jitted softmax of 16 x 128 is an example, of accuracy, and of a compil
 """
 
 import importlib.util
+import itertools
 import math
 import statistics
 import sys
@@ -234,14 +235,15 @@ def main(selected: list[str]) -> None:
                             line.append(f"{ratio:5.2f}")
                     line.append(f"{t['ours kept']:6.2f} {t['peer kept']:5.2f}")
                     print(" ".join(line), flush=True)
-    for other in ("peer", "torch") if torch else ("peer",):
-        chosen = [row for row in rows if row[2] == other]
+    others = ("peer", "torch") if torch else ("peer",)
+    for dtype, other in itertools.product((*dtypes, "") if len(dtypes) > 1 else dtypes, others):
+        chosen = [row for row in rows if row[2] == other and dtype in row[0]]
         mean = geometric_mean([row[3] for row in chosen])
         short = geometric_mean([row[3] for row in chosen if row[1] <= 32])
         behind = sum(row[3] < 0.95 for row in chosen)
         print(
-            f"geometric mean of the ratios, {other}: {mean:.2f} (rows of up to 32: {short:.2f});"
-            f" below 0.95: {behind} of {len(chosen)}"
+            f"geometric mean of the ratios, {dtype or 'all'}, {other}: {mean:.2f} (rows of up to"
+            f" 32: {short:.2f}); below 0.95: {behind} of {len(chosen)}"
         )
         for label, _, _, ratio in sorted(chosen, key=lambda row: row[3])[:8]:
             print(f"  {ratio:5.2f} {label}")
