@@ -1,7 +1,7 @@
 """What a row of an array spans, and how it is added up: in the form that suits its shape."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -53,19 +53,27 @@ class Rows(NamedTuple):
         float32 with jax 0.10 and 0.12. A single sum is faster in XLA's form, but for short rows, on
         which it spends some 15 ns beside their entries: of 3 the loop takes an eighth of the time.
         """
-        if self._is_plain(values[0]) and (len(values) > 1 or self.is_short(values[0])):
-            totals = _block_sums(values, *self.axes)
+        if self.in_loop(values[0], len(values)):
+            totals = _blockwise(values, self.axes[0], _SUM)
             return tuple(lax.psum(totals, self.axis_name) if self.axis_name else totals)
         return tuple(self.sum(value) for value in values)
 
+    def in_loop(self, values: Array, sums: int) -> bool:
+        """Whether so many sums of arrays like `values` are added up in one loop."""
+        return self._is_plain(values) and (sums > 1 or self.is_short(values))
+
     def max(self, values: Array) -> Array:
-        if self._leads(values):
-            # Across more than 10000 columns XLA:CPU of jax 0.10 takes ten times as long for it as
-            # for that of halves, which here overlap by an entry if they must.
-            for _ in range(4):
-                half = -(-len(values) // 2)
-                values = jnp.maximum(values[:half], values[-half:])
-        maximum = jnp.max(values, self.axes, keepdims=True, initial=-jnp.inf)
+        """The maximum over a row; if a row has a NaN, NaN or that of its other entries."""
+        dtype = values.dtype
+        if dtype.itemsize < 4 and (self._leads(values) or values.size < 4096):
+            # XLA:CPU's library, to which it gives larger arrays, is as fast in bfloat16 as in
+            # float32, and spares a wide copy. A loop is slow in bfloat16.
+            values = values.astype(jnp.float32)
+        if self.is_short(values) or self._leads(values):
+            (maximum,) = _blockwise([values], self.axes[0], _MAX)
+        else:
+            maximum = jnp.max(values, self.axes, keepdims=True, initial=-jnp.inf)
+        maximum = maximum.astype(dtype)
         return maximum if self.axis_name is None else lax.pmax(maximum, self.axis_name)
 
     def _length(self, values: Array) -> int:
@@ -109,43 +117,56 @@ class Rows(NamedTuple):
         return lax.pmax(found.astype(jnp.int32), self.axis_name) > 0
 
 
-def _block_sums(values: Sequence[Array], axis: int) -> list[Array]:
-    """Sums of several arrays over an axis, which keeps size 1, all in one loop.
+class _Fold(NamedTuple):
+    """A reduction: of two entries to one, from a start, and as XLA knows it."""
 
-    The loop adds up blocks of at most 20 entries, which XLA:CPU unrolls and vectorises. Then it
-    adds up their sums.
+    combine: Callable[[Array, Array], Array]
+    start: float
+    library: Callable[..., Array]
+
+
+# a - (-b) is a + b in a form that XLA:CPU doesn't take for a sum: that it would give to a library,
+# after writing out what is to be added.
+_SUM = _Fold(lambda a, b: a - (-b), 0.0, jnp.sum)
+# A selection is one instruction; a maximum that keeps every NaN takes four.
+_MAX = _Fold(lambda a, b: lax.select(a < b, b, a), -math.inf, jnp.max)
+
+
+def _blockwise(values: Sequence[Array], axis: int, fold: _Fold) -> list[Array]:
+    """Reductions of several arrays over an axis, which keeps size 1, all in one loop.
+
+    The loop takes blocks of at most 20 entries, which XLA:CPU unrolls and vectorises. Then it takes
+    what it made of them.
     """
     shape, length = values[0].shape, values[0].shape[axis]
     before, after = shape[:axis], shape[axis + 1 :]
     if length <= 20:
-        return [total.reshape(*before, 1, *after) for total in _one_loop(values, axis)]
-    width = max((w for w in range(8, 21) if length % w == 0), default=16)
+        return [total.reshape(*before, 1, *after) for total in _one_loop(values, axis, fold)]
+    widths = [width for width in range(8, 21) if length % width == 0] or [16]
+    along_memory = bool(after) or length >= 8192  # what the loop vectorises, else the block
+    width = widths[-1 if along_memory else 0]
     count = length // width
+    split, at = ((*before, width, count, *after), axis) if along_memory else ((-1, width), 1)
     whole = [lax.slice_in_dim(value, 0, count * width, axis=axis) for value in values]
-    if after or count >= 64:
-        split, at = (*before, width, count, *after), axis  # vectorised along the memory
-    else:
-        split, at = (-1, width), 1
-    blocks = _one_loop([value.reshape(split) for value in whole], at)
+    blocks = _one_loop([value.reshape(split) for value in whole], at, fold)
     blocks = [block.reshape(*before, count, *after) for block in blocks]
     if count * width < length:
         rest = [lax.slice_in_dim(value, count * width, length, axis=axis) for value in values]
         blocks = [
             lax.concatenate(parts, axis)
-            for parts in zip(blocks, _block_sums(rest, axis), strict=True)
+            for parts in zip(blocks, _blockwise(rest, axis, fold), strict=True)
         ]
-    if not after and count >= 64:
-        return [jnp.sum(block, axis, keepdims=True) for block in blocks]  # as fast, compiled sooner
-    return _block_sums(blocks, axis)
+    if not after and count > 400:  # as fast, and compiled sooner
+        return [fold.library(block, axis, keepdims=True) for block in blocks]
+    return _blockwise(blocks, axis, fold)
 
 
-def _one_loop(values: Sequence[Array], axis: int) -> Sequence[Array]:
-    def add(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
-        # a - (-b) is a + b in a form that XLA:CPU doesn't take for a sum: that it would give to a
-        # library, after writing out what is to be added.
-        return [x - (-y) for x, y in zip(a, b, strict=True)]
+def _one_loop(values: Sequence[Array], axis: int, fold: _Fold) -> Sequence[Array]:
+    def combine(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
+        return [fold.combine(x, y) for x, y in zip(a, b, strict=True)]
 
-    return lax.reduce(list(values), [jnp.zeros((), v.dtype) for v in values], add, [axis])
+    starts = [jnp.array(fold.start, value.dtype) for value in values]
+    return lax.reduce(list(values), starts, combine, [axis])
 
 
 def _on_cpu() -> bool:
