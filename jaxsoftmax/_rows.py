@@ -32,22 +32,32 @@ def keep(where: Array | None, value: Array, otherwise: float = 0) -> Array:
     return value if where is None else jnp.where(where, value, otherwise)
 
 
-def shifted(x: Array, where: Array | None, rows: Rows, sums: int = 2) -> tuple[Array, Array]:
-    """x - m, -inf where masked, and the maximum m, kept finite for a row of -inf.
-
-    A row with +inf or NaN is NaN. `sums` tells how many sums over a row follow.
-    """
+def largest(x: Array, where: Array | None, rows: Rows) -> tuple[Array, Array]:
+    """x in the dtype to compute in, -inf where masked, and its maximum over a row."""
     x = rows.select(where, x, -jnp.inf)
-    x, maximum = wide(x), wide(rows.max(x))
-    m = jnp.maximum(maximum, jnp.finfo(x.dtype).min)
+    return wide(x), wide(rows.max(x))
+
+
+def less(x: Array, maximum: Array, in_loop: bool = False) -> Array:
+    """x - m for the maximum m, kept finite for a row of -inf. A row with +inf or NaN is NaN."""
     # Inside a larger jit XLA may compute x anew and contract x - m into a fused multiply-add, whose
     # x is not the rounded one that m was taken from: near 1e11 exp then overflows (jax#37234).
     # The minimum is m itself for the largest entry and keeps the contraction out. It takes the
-    # maximum as it came: of m alone XLA:CPU makes an array of the size of x. In a loop of our own
-    # it is a selection, one instruction instead of four: a NaN in x stays one in both.
-    if rows.in_loop(x, sums):
-        return jnp.where(maximum < x, maximum, x) - m, m
-    return jnp.minimum(x, maximum) - m, m
+    # maximum as it came: of m alone XLA:CPU makes an array of the size of x.
+    # The selection is the same in one instruction instead of four, but its library can't do it.
+    x = jnp.where(maximum < x, maximum, x) if in_loop else jnp.minimum(x, maximum)
+    return x - finite(maximum)
+
+
+def finite(maximum: Array) -> Array:
+    """The maximum m, kept finite for a row of -inf."""
+    return jnp.maximum(maximum, jnp.finfo(maximum.dtype).min)
+
+
+def shifted(x: Array, where: Array | None, rows: Rows, sums: int = 2) -> tuple[Array, Array]:
+    """x - m, -inf where masked, for so many sums over a row, and the maximum m, kept finite."""
+    x, maximum = largest(x, where, rows)
+    return less(x, maximum, rows.in_loop(x, sums)), finite(maximum)
 
 
 def or_empty(value: Array, empty: float, where: Array | None, rows: Rows) -> Array:
@@ -148,8 +158,13 @@ def _softmax_jvp(rows: Rows, use: Use, primals: Any, tangents: Any) -> Any:
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def log_softmax(x: Array, where: Array | None, rows: Rows) -> Array:
     """x_i - log sum_j exp(x_j), -inf where masked, in the dtype to compute in."""
-    d, _ = shifted(x, where, rows)
+    x, maximum = largest(x, where, rows)
+    d = less(x, maximum, rows.in_loop(x, 2))
     log_total = or_empty(exponentials(d, rows).log_total, 0.0, where, rows)
+    if not rows.is_short(x):
+        # The same number from negatives: for a broadcast that two loops share XLA:CPU may write out
+        # an array of the size of x.
+        d = -finite(maximum) - jnp.maximum(-x, -maximum)
     return rows.select(where, d - log_total, -jnp.inf)
 
 
@@ -221,8 +236,7 @@ def _tempered_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
 
 def finite_maximum(x: Array, where: Array | None, rows: Rows) -> Array:
     """The maximum m as a constant, kept finite for a row of -inf."""
-    maximum = rows.max(keep(where, lax.stop_gradient(x), -jnp.inf))
-    return jnp.maximum(maximum, jnp.finfo(x.dtype).min)
+    return finite(rows.max(keep(where, lax.stop_gradient(x), -jnp.inf)))
 
 
 def _is_cold(t: Array) -> Array:
