@@ -62,15 +62,20 @@ class Rows(NamedTuple):
         """Whether so many sums of arrays like `values` are added up in one loop."""
         return self._is_plain(values) and (sums > 1 or self.is_short(values))
 
-    def max(self, values: Array) -> Array:
-        """The maximum over a row; if a row has a NaN, NaN or that of its other entries."""
+    def max(self, values: Array, keep_nan: bool = True) -> Array:
+        """The maximum over a row.
+
+        Of a row with a NaN it is NaN, or without `keep_nan`, which is faster, maybe that of the
+        rest.
+        """
         dtype = values.dtype
         if dtype.itemsize < 4 and (self._leads(values) or values.size < 4096):
             # XLA:CPU's library, to which it gives larger arrays, is as fast in bfloat16 as in
             # float32, and spares a wide copy. A loop is slow in bfloat16.
             values = values.astype(jnp.float32)
         if self.is_short(values) or self._leads(values):
-            (maximum,) = _blockwise([values], self.axes[0], _MAX)
+            fold = _MAX if keep_nan else _MAX_OF_NUMBERS
+            (maximum,) = _blockwise([values], self.axes[0], fold)
         else:
             maximum = jnp.max(values, self.axes, keepdims=True, initial=-jnp.inf)
         maximum = maximum.astype(dtype)
@@ -128,8 +133,9 @@ class _Fold(NamedTuple):
 # a - (-b) is a + b in a form that XLA:CPU doesn't take for a sum: that it would give to a library,
 # after writing out what is to be added.
 _SUM = _Fold(lambda a, b: a - (-b), 0.0, jnp.sum)
-# A selection is one instruction; a maximum that keeps every NaN takes four.
-_MAX = _Fold(lambda a, b: lax.select(a < b, b, a), -math.inf, jnp.max)
+# What keeps every NaN takes four instructions, the selection one.
+_MAX = _Fold(lax.max, -math.inf, jnp.max)
+_MAX_OF_NUMBERS = _Fold(lambda a, b: lax.select(a < b, b, a), -math.inf, jnp.max)
 
 
 def _blockwise(values: Sequence[Array], axis: int, fold: _Fold) -> list[Array]:

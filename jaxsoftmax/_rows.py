@@ -32,10 +32,12 @@ def keep(where: Array | None, value: Array, otherwise: float = 0) -> Array:
     return value if where is None else jnp.where(where, value, otherwise)
 
 
-def largest(x: Array, where: Array | None, rows: Rows) -> tuple[Array, Array]:
-    """x in the dtype to compute in, -inf where masked, and its maximum over a row."""
+def largest(
+    x: Array, where: Array | None, rows: Rows, keep_nan: bool = False
+) -> tuple[Array, Array]:
+    """x in the dtype to compute in, -inf where masked, and its maximum as `Rows.max` gives it."""
     x = rows.select(where, x, -jnp.inf)
-    return wide(x), wide(rows.max(x))
+    return wide(x), wide(rows.max(x, keep_nan))
 
 
 def less(x: Array, maximum: Array, in_loop: bool = False) -> Array:
@@ -184,8 +186,10 @@ def _log_softmax_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def logsumexp(x: Array, where: Array | None, rows: Rows) -> Array:
     """log sum_i exp(x_i), in the dtype to compute in."""
-    d, m = shifted(x, where, rows)
-    return jnp.where(m == jnp.inf, jnp.inf, exponentials(d, rows).log_total + m)
+    x, maximum = largest(x, where, rows, keep_nan=True)
+    d = less(x, maximum, rows.in_loop(x, 2))
+    value = exponentials(d, rows).log_total + finite(maximum)
+    return jnp.where(maximum == jnp.inf, jnp.inf, value)
 
 
 @logsumexp.defjvp

@@ -19,6 +19,7 @@ from jax.test_util import check_grads
 from numpy.typing import NDArray
 
 from jaxsoftmax import (
+    cross_entropy,
     entropy,
     kl_divergence,
     log_softmax,
@@ -174,8 +175,32 @@ def test_infinite_and_nan_entries(
 
 
 @pytest.mark.single
+@pytest.mark.parametrize("other", [0.0, inf])
+@pytest.mark.parametrize("length", [3, 40])
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.usefixtures("no_debug_nans")
+def test_a_nan_anywhere_in_a_row_makes_it_nan(axis: int, length: int, other: float) -> None:
+    functions: list[Callable[[jax.Array], jax.Array]] = [
+        partial(softmax, axis=axis),
+        partial(softmax, axis=axis, temperature=0),
+        partial(log_softmax, axis=axis),
+        partial(logsumexp, axis=axis),
+        partial(entropy, axis=axis),
+        partial(cross_entropy, labels=jnp.ones(length, jnp.int32), axis=axis),
+    ]
+    # Row i has the NaN at i, and another number, which may be +inf, beside it.
+    rows = np.zeros((length, length), np.float32)
+    np.fill_diagonal(rows, nan)
+    rows[range(length), (np.arange(length) + 1) % length] = other
+    x = jnp.asarray(rows if axis == -1 else rows.T)
+    for f in functions:
+        assert jnp.isnan(f(x)).all()
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("length", [4, 40])
 @pytest.mark.parametrize("c", [1 / 3, 0.1, np.pi])
-def test_scaled_inputs_inside_jit_stay_finite_and_equal_eager_ones(c: float) -> None:
+def test_scaled_inputs_inside_jit_stay_finite_and_equal_eager_ones(c: float, length: int) -> None:
     factor = np.float32(c)
 
     def scaled(x: jax.Array) -> tuple[jax.Array, ...]:
@@ -184,8 +209,8 @@ def test_scaled_inputs_inside_jit_stay_finite_and_equal_eager_ones(c: float) -> 
 
     random = np.random.default_rng(0)
     magnitudes = 10.0 ** random.uniform(-30, 30, size=(10000, 1))
-    rows = (magnitudes * random.normal(size=(10000, 4))).astype(np.float32)
-    rows[0] = [3e10, 1e10, 0, 0]
+    rows = (magnitudes * random.normal(size=(10000, length))).astype(np.float32)
+    rows[0] = np.r_[3e10, 1e10, np.zeros(length - 2)]
     p, log_p, total = jax.jit(scaled)(rows)
     assert jnp.isfinite(p).all()
     assert jnp.isfinite(log_p).all()
