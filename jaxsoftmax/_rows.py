@@ -46,7 +46,8 @@ def less(x: Array, maximum: Array, in_loop: bool = False) -> Array:
     # x is not the rounded one that m was taken from: near 1e11 exp then overflows (jax#37234).
     # The minimum is m itself for the largest entry and keeps the contraction out. It takes the
     # maximum as it came: of m alone XLA:CPU makes an array of the size of x.
-    # The selection is the same in one instruction instead of four, but its library can't do it.
+    # In a loop a selection does the same in one instruction instead of four. The library of XLA:CPU
+    # has none, so where that may take all of a softmax the minimum is faster.
     x = jnp.where(maximum < x, maximum, x) if in_loop else jnp.minimum(x, maximum)
     return x - finite(maximum)
 
