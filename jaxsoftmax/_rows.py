@@ -32,9 +32,7 @@ def keep(where: Array | None, value: Array, otherwise: float = 0) -> Array:
     return value if where is None else jnp.where(where, value, otherwise)
 
 
-def largest(
-    x: Array, where: Array | None, rows: Rows, keep_nan: bool = False
-) -> tuple[Array, Array]:
+def largest(x: Array, where: Array | None, rows: Rows, keep_nan: bool) -> tuple[Array, Array]:
     """x in the dtype to compute in, -inf where masked, and its maximum as `Rows.max` gives it."""
     x = rows.select(where, x, -jnp.inf)
     return wide(x), wide(rows.max(x, keep_nan))
@@ -57,9 +55,11 @@ def finite(maximum: Array) -> Array:
     return jnp.maximum(maximum, jnp.finfo(maximum.dtype).min)
 
 
-def shifted(x: Array, where: Array | None, rows: Rows, sums: int = 2) -> tuple[Array, Array]:
+def shifted(
+    x: Array, where: Array | None, rows: Rows, sums: int = 2, keep_nan: bool = False
+) -> tuple[Array, Array]:
     """x - m, -inf where masked, for so many sums over a row, and the maximum m, kept finite."""
-    x, maximum = largest(x, where, rows)
+    x, maximum = largest(x, where, rows, keep_nan)
     return less(x, maximum, rows.in_loop(x, sums)), finite(maximum)
 
 
@@ -161,10 +161,11 @@ def _softmax_jvp(rows: Rows, use: Use, primals: Any, tangents: Any) -> Any:
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def log_softmax(x: Array, where: Array | None, rows: Rows) -> Array:
     """x_i - log sum_j exp(x_j), -inf where masked, in the dtype to compute in."""
-    x, maximum = largest(x, where, rows)
-    d = less(x, maximum, rows.in_loop(x, 2))
+    x, maximum = largest(x, where, rows, keep_nan=False)
+    in_loop = rows.in_loop(x, sums=2)
+    d = less(x, maximum, in_loop)
     log_total = or_empty(exponentials(d, rows).log_total, 0.0, where, rows)
-    if not rows.is_short(x):
+    if in_loop and not rows.is_short(x):
         # The same number from negatives: for a broadcast that two loops share XLA:CPU may write out
         # an array of the size of x.
         d = -finite(maximum) - jnp.maximum(-x, -maximum)
@@ -187,10 +188,8 @@ def _log_softmax_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def logsumexp(x: Array, where: Array | None, rows: Rows) -> Array:
     """log sum_i exp(x_i), in the dtype to compute in."""
-    x, maximum = largest(x, where, rows, keep_nan=True)
-    d = less(x, maximum, rows.in_loop(x, 2))
-    value = exponentials(d, rows).log_total + finite(maximum)
-    return jnp.where(maximum == jnp.inf, jnp.inf, value)
+    d, m = shifted(x, where, rows, keep_nan=True)
+    return jnp.where(m == jnp.inf, jnp.inf, exponentials(d, rows).log_total + m)
 
 
 @logsumexp.defjvp

@@ -34,7 +34,7 @@ def _weighted(a: Array, b: Array, where: Array | None, rows: Rows) -> _Weighted:
     empty = best == -jnp.inf
     near = score >= best - 1 - 8 * info.eps * jnp.minimum(jnp.abs(best), info.max)
     c = jnp.where(empty, 0, rows.max(jnp.where(near, x, -jnp.inf)))
-    # The guards of `shifted` on both sides of c, which is +inf if an x is.
+    # The guards of `less` on both sides of c, which is +inf if an x is.
     side = jnp.where(x > c, jnp.maximum(x, c) - c, jnp.minimum(x, c) - c)
     root = keep(where, jnp.where(empty, 0, jnp.exp(jnp.where(x == c, 0, side) / 2)))
     phase = jnp.ones((), a.dtype)
