@@ -1,4 +1,4 @@
-r"""The objective of softmax regression, and a bound on how far a point is from its minimum.
+r"""The objective of softmax regression: its value, gradient and Hessian.
 
 .. math:: f(W, b) = \sum_i c_i\, \ell(W x_i + b + o_i,\; y_i) + \tfrac{\lambda}{2} \|W\|^2,
           \qquad \sum_i c_i = 1
@@ -14,12 +14,11 @@ Solvers and trainers know a problem only through this module.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Shaped
 
@@ -37,14 +36,18 @@ class Params(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """The data of one objective, a pytree; made by `make_problem`."""
+    """The data of one objective, a pytree; made by `make_problem`.
+
+    Arrays of examples and classes have the classes first: sums over a few classes are then sums of
+    long rows. `l2` may have one entry per feature.
+    """
 
     features: Float[Array, "examples features"]
-    labels: Shaped[Array, "examples *classes"]
+    labels: Shaped[Array, "*classes examples"]
     share: Float[Array, " examples"]
-    offset: Float[Array, "examples classes"] | None
+    offset: Float[Array, "classes examples"] | None
     classes: Bool[Array, " classes"] | None
-    l2: Float[Array, ""]
+    l2: Float[Array, "*features"]
 
 
 def linear_logits(
@@ -106,12 +109,12 @@ def make_problem(
     share = share / share.max()  # so that the sum neither overflows nor underflows
     if labels.ndim == 2:
         share = jnp.where(_checks.are_probabilities(labels), share, jnp.nan)
-        labels = labels.astype(dtype)
+        labels = labels.astype(dtype).T
     return Problem(
-        features=features.astype(dtype),
+        features=features,
         labels=labels,
         share=share / share.sum(),
-        offset=None if offset is None else offset.astype(dtype),
+        offset=None if offset is None else offset.astype(dtype).T,
         classes=classes,
         l2=jnp.where(l2 < 0, jnp.nan, l2).astype(dtype),
     )
@@ -134,19 +137,175 @@ def objective(params: Params, problem: Problem, *, fit_bias: bool = True) -> Flo
     """The objective f(W, b) of the module's formula, in nats; constant in b without `fit_bias`."""
     if not fit_bias:
         params = params._replace(bias=lax.stop_gradient(params.bias))
-    penalty = problem.l2 / 2 * jnp.sum(params.weights**2)
-    return _mean_loss(_logits(params, problem), problem) + penalty
+    return _mean_loss(params, problem) + _penalty(params, problem)
 
 
-def _logits(params: Params, problem: Problem) -> Array:
-    logits = linear_logits(params, problem.features)
+def value_and_gradient(params: Params, problem: Problem) -> tuple[Float[Array, ""], Params]:
+    """The objective and its gradient, summed over blocks of rows if there are many logits."""
+
+    def block(rows: Problem) -> tuple[Array, Params]:
+        value: tuple[Array, Params] = jax.value_and_grad(_mean_loss)(params, rows)
+        return value
+
+    loss, gradient = sum_over_rows(block, problem, _block_size(params, problem))
+    weights = gradient.weights + problem.l2 * params.weights
+    return loss + _penalty(params, problem), Params(weights, gradient.bias)
+
+
+class Curvature(NamedTuple):
+    r"""The Hessian of the objective at a point.
+
+    `product` gives its product with a vector, for the change dz = V x of the logits
+
+    .. math:: H V = \sum_i c_i\, (\mathrm{diag}(p_i) - p_i p_i^T)\, V x_i x_i^T + \lambda V.
+
+    `spread` is c_i p_ik (1 - p_ik), the factor of x_i x_i^T in the Hessian's diagonal blocks; where
+    the logits are too many to be kept, the mean of it over the classes.
+    """
+
+    product: Callable[[Params], Params]
+    spread: Float[Array, "groups examples"]
+
+
+def curvature(params: Params, problem: Problem) -> Curvature:
+    """The Hessian at `params`. The probabilities are kept if there are not too many of them."""
+    size = _block_size(params, problem)
+
+    def probabilities(rows: Problem) -> tuple[Array, Callable[[Array], Array]]:
+        where = _column(rows.classes)
+        p: Array
+        change: Callable[[Array], Array]
+        p, change = jax.linearize(lambda z: softmax(z, 0, where=where), _logits(params, rows))
+        return p, change
+
+    def weighted(rows: Problem, change: Callable[[Array], Array], v: Params) -> Params:
+        dz = _linear(v, rows.features)
+        u = rows.share * change(dz)
+        return Params(u @ rows.features, jnp.sum(u, 1))
+
+    def with_penalty(data_term: Params, v: Params) -> Params:
+        return data_term._replace(weights=data_term.weights + problem.l2 * v.weights)
+
+    if size >= problem.features.shape[0]:
+        p, change = probabilities(problem)
+        return Curvature(
+            lambda v: with_penalty(weighted(problem, change, v), v), problem.share * p * (1 - p)
+        )
+
+    def product(v: Params) -> Params:
+        def block(rows: Problem) -> Params:
+            return weighted(rows, probabilities(rows)[1], v)
+
+        return with_penalty(sum_over_rows(block, problem, size), v)
+
+    def block_spread(rows: Problem) -> Array:
+        p = probabilities(rows)[0]
+        return rows.share * jnp.mean(p * (1 - p), 0)
+
+    return Curvature(product, map_rows(block_spread, problem, size)[None])
+
+
+def bias_curvature(params: Params, problem: Problem) -> tuple[Array, Array, Array]:
+    """The mean loss, and its gradient and Hessian with respect to the bias."""
+
+    def block(rows: Problem) -> tuple[Array, Array, Array]:
+        def mean_loss(bias: Array) -> Array:
+            return _mean_loss(params._replace(bias=bias), rows)
+
+        loss, gradient = jax.value_and_grad(mean_loss)(params.bias)
+        p = softmax(_logits(params, rows), 0, where=_column(rows.classes))
+        weighted = rows.share * p
+        return loss, gradient, jnp.diag(jnp.sum(weighted, 1)) - weighted @ p.T
+
+    return sum_over_rows(block, problem, _block_size(params, problem))
+
+
+# More logits than this, and than an eighth of the features, are formed in blocks of this many
+# quarters: 16 MiB in float32.
+_LOGITS = 2**22
+
+
+def _block_size(params: Params, problem: Problem) -> int:
+    """How many rows' logits are formed at a time."""
+    (examples, width), classes = problem.features.shape, params.bias.size
+    if examples * classes <= max(_LOGITS, examples * width // 8):
+        return examples
+    return max(_LOGITS // 4 // classes, 1)
+
+
+_Sum = TypeVar("_Sum")
+
+
+def sum_over_rows(f: Callable[[Problem], _Sum], problem: Problem, size: int) -> _Sum:
+    """f(problem) for an f that is a sum over the examples, in blocks of `size` of them."""
+    examples = problem.features.shape[0]
+    if size >= examples:
+        return f(problem)
+
+    def add(i: Array, total: _Sum) -> _Sum:
+        rows, start = _rows(problem, i * size, size)
+        # The last block begins within the one before it, whose examples count no more.
+        fresh = start + jnp.arange(size) >= i * size
+        rows = rows._replace(share=jnp.where(fresh, rows.share, 0))
+        added: _Sum = jax.tree.map(jnp.add, total, f(rows))
+        return added
+
+    shapes = jax.eval_shape(lambda: f(_rows(problem, 0, size)[0]))
+    zero: _Sum = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
+    total: _Sum = lax.fori_loop(0, -(-examples // size), add, zero)
+    return total
+
+
+def map_rows(f: Callable[[Problem], Array], problem: Problem, size: int) -> Array:
+    """f(problem) for an f that gives each example one value, in blocks of `size` of them."""
+    examples = problem.features.shape[0]
+
+    def put(i: Array, values: Array) -> Array:
+        rows, start = _rows(problem, i * size, size)
+        return lax.dynamic_update_slice_in_dim(values, f(rows), start, 0)
+
+    return lax.fori_loop(0, -(-examples // size), put, jnp.zeros_like(problem.share))
+
+
+def _rows(problem: Problem, start: Array | int, size: int) -> tuple[Problem, Array]:
+    """`size` examples from `start` on, or the last ones; and the number of the first."""
+    start = jnp.minimum(start, problem.features.shape[0] - size)
+
+    def cut(value: Array, axis: int = -1) -> Array:
+        return lax.dynamic_slice_in_dim(value, start, size, axis)
+
+    rows = problem._replace(
+        features=cut(problem.features, 0),
+        labels=cut(problem.labels),
+        share=cut(problem.share),
+        offset=None if problem.offset is None else cut(problem.offset),
+    )
+    return rows, start
+
+
+def _linear(params: Params, features: Array) -> Array:
+    weights, bias = params
+    return weights @ features.astype(weights.dtype).T + bias[:, None]
+
+
+def _logits(params: Params, problem: Problem) -> Float[Array, "classes examples"]:
+    logits = _linear(params, problem.features)
     return logits if problem.offset is None else logits + problem.offset
 
 
-def _mean_loss(logits: Array, problem: Problem) -> Array:
-    losses = cross_entropy(logits, problem.labels, where=problem.classes)
+def _column(classes: Array | None) -> Array | None:
+    return None if classes is None else classes[:, None]
+
+
+def _mean_loss(params: Params, problem: Problem) -> Array:
+    where = _column(problem.classes)
+    losses = cross_entropy(_logits(params, problem), problem.labels, axis=0, where=where)
     # An example of share 0 is dropped, be its loss finite or not.
     return jnp.sum(problem.share * jnp.where(problem.share == 0, 0, losses))
+
+
+def _penalty(params: Params, problem: Problem) -> Array:
+    return jnp.sum(problem.l2 / 2 * params.weights**2)
 
 
 def centred(params: Params, classes: Bool[Array, " classes"]) -> Params:
@@ -161,155 +320,3 @@ def centred(params: Params, classes: Bool[Array, " classes"]) -> Params:
         return jnp.where(mask, value - jnp.sum(jnp.where(mask, value, 0), 0) / count, 0)
 
     return Params(*map(centre, params))
-
-
-class Certificate(NamedTuple):
-    """A point, its objective and gradient, and a bound on objective - minimum there."""
-
-    params: Params
-    objective: Float[Array, ""]
-    gradient: Params
-    gap: Float[Array, ""]
-
-
-def certify(
-    params: Params, problem: Problem, *, fit_bias: bool, tol: Float[Array, ""]
-) -> Certificate:
-    r"""Move the bias to its optimum for these weights, and bound f - min f there.
-
-    With that bias the residuals p - y, weighted by the shares, sum to 0 over the examples, so they
-    are a feasible point of the dual problem, and the duality gap at it is
-
-    .. math:: f - f^* \le \frac{1}{2 \lambda} \|\nabla_W f\|^2.
-
-    What rounding leaves of the bias' own half squared Newton decrement is added.
-
-    Where :math:`\lambda = 0` there is no such bound. Half the squared Newton decrement,
-    :math:`\tfrac12 \nabla f^T H^+ \nabla f`, takes its place, which is f - min f of the quadratic
-    model. It is estimated by conjugate gradients that stop once it exceeds `tol` times f.
-
-    Reference:
-      Boyd, Vandenberghe (2004), Convex Optimization, sections 5.1.6 and 9.5.1, eq. 9.9.
-    """
-    bias_gap = jnp.zeros_like(problem.l2)
-    if fit_bias:
-        params, bias_gap = _with_optimal_bias(params, problem)
-    flat, unravel = ravel_pytree(params)
-
-    def value_fn(flat: Array) -> Array:
-        return objective(unravel(flat), problem, fit_bias=fit_bias)
-
-    def hvp(v: Array) -> Array:
-        return jax.jvp(jax.grad(value_fn), (flat,), (v,))[1]
-
-    value, gradient = jax.value_and_grad(value_fn)(flat)
-    penalised = problem.l2 != 0
-    l2 = jnp.where(penalised, problem.l2, 1)
-    bound = jnp.sum((unravel(gradient).weights / jnp.sqrt(2 * l2)) ** 2) + bias_gap
-    # Without a penalty a column may have any scale: in these coordinates each has size 1.
-    size = jnp.max(jnp.abs(problem.features), 0)
-    size = jnp.broadcast_to(jnp.where(size > 0, size, 1), params.weights.shape)
-    scale, _ = ravel_pytree(Params(size, jnp.ones_like(params.bias)))
-    decrement = _half_squared_decrement(
-        lambda v: hvp(v / scale) / scale, gradient / scale, skip=penalised, enough=tol * value
-    )
-    # A loss of 0 is not attained by finite parameters: there is no optimum to be near to.
-    decrement = jnp.where(value == 0, jnp.inf, decrement)
-    gap = jnp.where(penalised, bound, decrement)
-    return Certificate(params, value, unravel(gradient), gap)
-
-
-class _BiasStep(NamedTuple):
-    shift: Array
-    loss: Array
-    step: Array
-    decrement: Array
-    improved: Array
-    steps: Array
-
-
-def _with_optimal_bias(params: Params, problem: Problem) -> tuple[Params, Array]:
-    """The bias by Newton's method at fixed weights, and half the squared decrement that is left."""
-    logits = _logits(params, problem)
-    classes = jnp.ones_like(params.bias, bool) if problem.classes is None else problem.classes
-    eps, tiny = jnp.finfo(logits.dtype).eps, jnp.finfo(logits.dtype).tiny
-
-    zero_steps = jnp.zeros((), jnp.int32)
-
-    def mean_loss(shift: Array) -> Array:
-        return _mean_loss(logits + shift, problem)
-
-    def evaluate(shift: Array) -> _BiasStep:
-        loss, gradient = jax.value_and_grad(mean_loss)(shift)
-        p = softmax(logits + shift, where=classes)
-        weighted = problem.share[:, None] * p
-        hessian = jnp.diag(weighted.sum(0)) - weighted.T @ p
-        # The Hessian and the gradient are 0 along the constant vector and on absent classes.
-        scale = jnp.maximum(jnp.trace(hessian), tiny)
-        regular = hessian + scale + jnp.diag(jnp.where(classes, 0, scale))
-        step = -jax.scipy.linalg.solve(regular, gradient, assume_a="pos")
-        return _BiasStep(
-            shift, loss, step, -jnp.sum(gradient * step) / 2, jnp.array(True), zero_steps
-        )
-
-    def advance(old: _BiasStep) -> _BiasStep:
-        new = evaluate(old.shift + old.step)
-        improved = (new.decrement < old.decrement) & (new.loss <= old.loss * (1 + 8 * eps))
-        kept = jax.tree.map(lambda new, old: jnp.where(improved, new, old), new, old)
-        return kept._replace(improved=improved, steps=old.steps + 1)
-
-    # The decrement falls quadratically until rounding ends it; so does, far away, a failed step.
-    # Separable data have no optimum: there the steps would go on until the loss underflows.
-    zero, infinite = jnp.zeros_like(params.bias), jnp.full_like(params.bias, jnp.inf, shape=())
-    start = _BiasStep(zero, infinite, zero, infinite, jnp.array(True), zero_steps)
-    last = lax.while_loop(lambda at: at.improved & (at.steps < 20), advance, start)
-    return params._replace(bias=params.bias + last.shift), last.decrement
-
-
-class _ConjugateGradient(NamedTuple):
-    residual: Array
-    direction: Array
-    squared: Array
-    decrement: Array
-    steps: Array
-
-
-def _half_squared_decrement(
-    hvp: Callable[[Array], Array], gradient: Array, *, skip: Array, enough: Array
-) -> Array:
-    """An estimate of g^T H^+ g / 2, which stops early once it exceeds `enough`; 0 if `skip`.
-
-    It is inf, that is unknown, where rounding leaves no positive curvature along a direction.
-    """
-    largest = jnp.max(jnp.abs(gradient))
-    largest = jnp.where(largest > 0, largest, 1)
-    gradient = gradient / largest  # its square must not underflow
-    enough = enough / largest / largest
-    start = jnp.sum(gradient**2)
-
-    def proceed(at: _ConjugateGradient) -> Array:
-        return (
-            ~skip
-            & (at.squared > 1e-6 * start)
-            & (at.decrement <= enough)
-            & (at.steps < gradient.size)
-        )
-
-    def advance(at: _ConjugateGradient) -> _ConjugateGradient:
-        product = hvp(at.direction)
-        curvature = jnp.sum(at.direction * product)
-        alpha = jnp.where(curvature > 0, at.squared / curvature, jnp.inf)
-        residual = at.residual - alpha * product
-        squared = jnp.sum(residual**2)
-        return _ConjugateGradient(
-            residual=residual,
-            direction=residual + squared / at.squared * at.direction,
-            squared=squared,
-            decrement=at.decrement + alpha * at.squared / 2,
-            steps=at.steps + 1,
-        )
-
-    init = _ConjugateGradient(
-        gradient, gradient, start, jnp.zeros_like(start), jnp.zeros((), jnp.int32)
-    )
-    return lax.while_loop(proceed, advance, init).decrement * largest * largest

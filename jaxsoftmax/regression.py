@@ -10,10 +10,13 @@ from jaxtyping import Shaped
 
 from jaxsoftmax import _checks
 from jaxsoftmax._rows import compute_dtype
-from jaxsoftmax.objective import Params, centred, certify, make_problem, objective, present_classes
+from jaxsoftmax import _coordinates
+from jaxsoftmax._newton import newton_cg
+from jaxsoftmax.certificate import certify
+from jaxsoftmax.objective import Params, centred, make_problem, objective, present_classes
 from jaxsoftmax.solvers import Fit, Status, lbfgs
 
-SOLVERS = ("auto", "lbfgs")
+SOLVERS = ("auto", "newton_cg", "lbfgs")
 
 
 def fit(
@@ -96,7 +99,6 @@ def fit(
     features, labels = _checks.examples(features, labels, num_classes)
     examples, width = features.shape
     dtype = compute_dtype(features.dtype)
-    features = features.astype(dtype)
     l2 = _checks.scalar("l2", l2).astype(dtype)
     tol = _checks.scalar("tol", tol, positive=True).astype(dtype)
     if sample_weight is not None:
@@ -115,11 +117,11 @@ def fit(
         _checks.has_shape("init.bias", init.bias, (num_classes,), "(classes,)")
     limit = jnp.asarray(min(max_iter, jnp.iinfo(jnp.int32).max), jnp.int32)
     return _fit(
-        features, labels, l2, sample_weight, offset, init, tol, limit, num_classes, fit_bias
+        features, labels, l2, sample_weight, offset, init, tol, limit, num_classes, fit_bias, solver
     )
 
 
-@partial(jax.jit, static_argnames=("num_classes", "fit_bias"))
+@partial(jax.jit, static_argnames=("num_classes", "fit_bias", "solver"))
 def _fit(
     features: Array,
     labels: Array,
@@ -131,12 +133,13 @@ def _fit(
     max_iter: Array,
     num_classes: int,
     fit_bias: bool,
+    solver: str,
 ) -> Fit:
     classes = present_classes(labels, sample_weight, num_classes)
     problem = make_problem(
         features, labels, l2=l2, sample_weight=sample_weight, offset=offset, classes=classes
     )
-    dtype = problem.features.dtype
+    dtype = problem.share.dtype
     if init is None:
         init = Params(
             weights=jnp.zeros((num_classes, features.shape[1]), dtype),
@@ -145,7 +148,15 @@ def _fit(
     # A class absent from the fit that gave `init` has bias -inf there, and may be present here.
     finite = jnp.where(init.bias == -jnp.inf, 0, init.bias)
     init = init._replace(bias=finite if fit_bias else jnp.zeros_like(finite))
-    result = lbfgs(
+    if solver != "lbfgs":
+        view = _coordinates.view(problem, centre=fit_bias)
+        fast = _coordinates.standard(view, jnp.float32)
+        result, _ = newton_cg(
+            fast if problem.share.dtype == jnp.float32 else view, fast, centred(init, classes), fit_bias=fit_bias, tol=tol, max_iter=max_iter
+        )
+        if problem.share.dtype == jnp.float32:
+            result=result._replace(params=view.params(jnp.concatenate([result.params.weights,result.params.bias[:,None]],1)))
+    else: result = lbfgs(
         lambda params: objective(params, problem, fit_bias=fit_bias),
         lambda params: certify(params, problem, fit_bias=fit_bias, tol=tol),
         centred(init, classes),

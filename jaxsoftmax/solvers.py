@@ -10,7 +10,8 @@ import optax
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from jaxsoftmax.objective import Certificate, Params
+from jaxsoftmax.certificate import Certificate
+from jaxsoftmax.objective import Params
 
 
 class Status(enum.IntEnum):
@@ -20,6 +21,7 @@ class Status(enum.IntEnum):
     STALLED = 1  # the precision of the dtype allows no more progress; the gap says how far it came
     MAX_ITER = 2  # max_iter iterations did not bring the gap to tol
     DIVERGED = 3  # the objective is not finite; the parameters are NaN
+    SEPARABLE = 4  # l2 is 0 and the classes are separated: no finite parameters are optimal
 
 
 class Fit(NamedTuple):
@@ -45,7 +47,7 @@ class Fit(NamedTuple):
 
 # Iterations without a new least objective or gradient norm after which a solver has stalled.
 _PATIENCE = 10
-_RUNNING = -1
+RUNNING = -1  # what the status is before one of `Status`
 
 
 class _Progress(NamedTuple):
@@ -121,7 +123,7 @@ def lbfgs(
                 (at.idle >= _PATIENCE) | stuck,
             ],
             [Status.DIVERGED, Status.CONVERGED, Status.MAX_ITER, Status.STALLED],
-            _RUNNING,
+            RUNNING,
         )
         at = at._replace(params=found.params, objective=found.objective, gradient=found.gradient)
         # Near the optimum the gap falls with the square of the gradient norm.
@@ -150,6 +152,6 @@ def lbfgs(
         idle=zero,
         iterations=zero,
     )
-    nothing = Fit(init, infinite, infinite, infinite, zero, zero + _RUNNING)
+    nothing = Fit(init, infinite, infinite, infinite, zero, zero + RUNNING)
     running = (start, infinite, nothing)
-    return lax.while_loop(lambda carry: carry[2].status == _RUNNING, advance, running)[2]
+    return lax.while_loop(lambda carry: carry[2].status == RUNNING, advance, running)[2]

@@ -1,0 +1,91 @@
+"""Coordinates in which every column of the features has mean 0 and size 1.
+
+Newton's method does not depend on coordinates, but rounding and preconditioners do. Parameters are
+held as a table (classes, features + 1) with the bias in the last column.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxsoftmax.objective import Params, Problem, sum_over_rows
+
+_BLOCK = 2**20  # entries of features: 4 MiB in float32
+
+
+class View(NamedTuple):
+    """A problem, and how the table gives its parameters: W = T / scale, b = t - W mean.
+
+    A column without spread has `inverse`, that is 1 / scale, 0: with a bias it says nothing.
+    """
+
+    problem: Problem
+    mean: Float[Array, " features"]
+    inverse: Float[Array, " features"]
+
+    def params(self, table: Array) -> Params:
+        weights = table[:, :-1] * self.inverse
+        return Params(weights, table[:, -1] - weights @ self.mean)
+
+    def table(self, gradient: Params) -> Array:
+        """The adjoint of `params`: the gradient with respect to the table."""
+        weights = (gradient.weights - jnp.outer(gradient.bias, self.mean)) * self.inverse
+        return jnp.concatenate([weights, gradient.bias[:, None]], 1)
+
+    def table_of(self, params: Params) -> Array:
+        """The table that gives `params`, but for columns without spread."""
+        spread = self.inverse > 0
+        weights = params.weights * jnp.where(spread, 1 / jnp.where(spread, self.inverse, 1), 0)
+        bias = params.bias + params.weights @ self.mean
+        return jnp.concatenate([weights, bias[:, None]], 1)
+
+    def gradient(self, table: Array) -> Params:
+        """The inverse of `table`, but for columns without spread, which get what the bias has."""
+        spread = self.inverse > 0
+        scale = jnp.where(spread, 1 / jnp.where(spread, self.inverse, 1), 0)
+        bias = table[:, -1]
+        return Params(table[:, :-1] * scale + jnp.outer(bias, self.mean), bias)
+
+
+def view(problem: Problem, *, centre: bool) -> View:
+    """The problem in its own coordinates; without `centre`, for want of a bias, with means 0."""
+    dtype = problem.share.dtype
+    width = problem.features.shape[1]
+    size = max(_BLOCK // width, 1)
+    mean = jnp.zeros(width, dtype)
+    if centre:
+        # From one example on, so that a constant column has that mean exactly.
+        first = problem.features[jnp.argmax(problem.share)].astype(dtype)
+
+        def shift(rows: Problem) -> Array:
+            return rows.share @ (rows.features.astype(dtype) - first)
+
+        mean = first + sum_over_rows(shift, problem, size)
+
+    def deviation(rows: Problem) -> Array:
+        return rows.share @ jnp.abs(rows.features.astype(dtype) - mean)
+
+    scale = sum_over_rows(deviation, problem, size)
+    return View(problem, mean, jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0))
+
+
+def standard(of: View, dtype: jnp.dtype) -> View:
+    """The same problem with the table itself as parameters: a copy of the features in `dtype`.
+
+    Each column has its own penalty there.
+    """
+    problem, mean, inverse = of
+    wide = mean.dtype
+    features = ((problem.features.astype(wide) - mean) * inverse).astype(dtype)
+    # A column of size 1e-20 has a penalty that float32 can't hold; its weight is 0 all the same.
+    l2 = jnp.minimum((jnp.sqrt(problem.l2) * jnp.where(inverse > 0, inverse, 1)) ** 2, 1e30)
+    copy = problem._replace(
+        features=features,
+        labels=problem.labels.astype(dtype) if problem.labels.ndim == 2 else problem.labels,
+        share=problem.share.astype(dtype),
+        offset=None if problem.offset is None else problem.offset.astype(dtype),
+        l2=l2.astype(dtype),
+    )
+    return View(copy, jnp.zeros_like(mean, dtype), jnp.ones_like(inverse, dtype))
