@@ -7,25 +7,26 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax import _preconditioner
+from jaxsoftmax import _preconditioner, certificate
 from jaxsoftmax._conjugate_gradient import Progress, conjugate_gradient
 from jaxsoftmax._coordinates import View
-from jaxsoftmax.certificate import duality_gap, weights_gap
-from jaxsoftmax.objective import Curvature, Params, curvature, value_and_gradient
+from jaxsoftmax.objective import Curvature, Params, curvature, in_blocks, value_and_gradient
 from jaxsoftmax.solvers import RUNNING, Fit, Status
 
 _FORCING = 0.3  # the accuracy of a Newton step, far from the optimum
+_LEAST = 10  # steps of conjugate gradients that a preconditioner is kept for, though it is paid for
 _HALVINGS = 30
+_POLISHES = 3  # steps of the bias alone before the end
 _IDLE = 2  # steps without progress after which it has stalled
 
 
 class Point(NamedTuple):
-    """A table, the objective, its gradient, and a bound on objective - minimum if it is known."""
+    """A table, the objective and its gradient there, and the duality gap of the weights."""
 
     table: Array
     value: Array
     gradient: Array
-    gap: Array
+    weights_gap: Array
 
 
 class State(NamedTuple):
@@ -33,22 +34,26 @@ class State(NamedTuple):
 
     Attributes:
       at: the point.
+      gap: bound on objective - minimum there, if it is known.
       factor: the preconditioner.
       owed: products since it was made.
       exact: whether products are computed in the dtype of the problem.
       drop: half the squared decrement of the last step, relative to the objective.
       idle: steps in a row without progress.
-      iterations: Newton steps.
+      polished: steps of the bias alone, in a row.
+      iterations: Newton steps, -1 before the first point is evaluated.
       products: gradients and products with the Hessian so far: each reads the features twice.
       status: a `Status`, or RUNNING.
     """
 
     at: Point
+    gap: Array
     factor: Array
     owed: Array
     exact: Array
     drop: Array
     idle: Array
+    polished: Array
     iterations: Array
     products: Array
     status: Array
@@ -66,6 +71,9 @@ def newton_cg(
 
     The preconditioner is made anew when the products since cost as much as it does: so it never
     costs more than they do.
+
+    Where l2 > 0 the duality gap certifies the result. It holds at the optimal bias, so before the
+    end the bias alone takes Newton steps. Where l2 = 0 it is half the squared Newton decrement.
 
     Args:
       exact: the problem in its own dtype.
@@ -85,85 +93,84 @@ def newton_cg(
     examples, width = problem.features.shape
     classes = init.bias.size
     wide, narrow = problem.share.dtype, fast.problem.share.dtype
-    penalised = problem.l2.max() > 0
-    separated = jnp.log(2) * jnp.min(jnp.where(problem.share > 0, problem.share, jnp.inf))
     slack = 4 * jnp.finfo(wide).eps
-    ridge = jnp.append(jnp.broadcast_to(fast.problem.l2, width), 0 if fit_bias else 1)
-    ridge = ridge.astype(narrow)
+    zero, infinite = jnp.zeros((), jnp.int32), jnp.full((), jnp.inf, wide)
+
+    l2 = jnp.broadcast_to(fast.problem.l2.astype(wide), width)
+    penalised = l2[0] > 0
+    duality = 1 / jnp.where(penalised, 2 * l2, 1)
+    ridge = jnp.append(l2, 0 if fit_bias else 1).astype(narrow)
+    separated = jnp.log(2) * jnp.min(jnp.where(problem.share > 0, problem.share, jnp.inf))
 
     def free(table: Array) -> Array:
         return table if fit_bias else table.at[:, -1].set(0)
 
+    def weights_gap(gradient: Array) -> Array:
+        return jnp.sum(gradient[:, :-1] ** 2 * duality)
+
     def evaluate(table: Array) -> Point:
         value, gradient = value_and_gradient(exact.params(table), problem)
-        return Point(table, value, free(exact.table(gradient)), jnp.full_like(value, jnp.inf))
+        gradient = free(exact.table(gradient))
+        return Point(table, value, gradient, weights_gap(gradient))
 
-    def certified(point: Point) -> Point:
-        found = duality_gap(exact.params(point.table), problem, fit_bias=fit_bias)
-        bias = exact.table_of(found.params)[:, -1:]
-        table = jnp.concatenate([point.table[:, :-1], bias], 1)
-        return Point(table, found.objective, free(exact.table(found.gradient)), found.gap)
+    def bias_step(at: Curvature, gradient: Array) -> tuple[Array, Array]:
+        return certificate.bias_step(at.bias(), gradient[:, -1], problem.classes)
 
-    def bound(gradient: Array, view: View = exact) -> Array:
-        return weights_gap(view.gradient(gradient), view.problem)
-
-    def narrowly(at: Curvature) -> Callable[[Array], Array]:
-        def product(table: Array) -> Array:
+    def products(state: State, at: Curvature) -> Callable[[Array], Array]:
+        def fast_product(table: Array) -> Array:
             image = at.product(fast.params(table.astype(narrow)))
             return free(fast.table(image)).astype(wide)
 
-        return product
+        def exact_product(table: Array) -> Array:
+            here = curvature(exact.params(state.at.table), problem)
+            return free(exact.table(here.product(exact.params(table))))
 
-    def exactly(at: Array) -> Callable[[Array], Array]:
-        params = exact.params(at)
+        if wide == narrow:
+            return fast_product
+        return lambda table: lax.cond(state.exact, exact_product, fast_product, table)
 
-        def product(table: Array) -> Array:
-            return free(exact.table(curvature(params, problem).product(exact.params(table))))
-
-        return product
-
-    start = evaluate(exact.table_of(init))
-    at_start = curvature(fast.params(start.table.astype(narrow)), fast.problem)
     plan = _preconditioner.plan(
-        examples, width, classes, kept=at_start.spread.shape[0] == classes
+        examples, width, classes, kept=not in_blocks(classes, fast.problem)
     )
 
     def shared(at: Curvature) -> Array:
         spread = jnp.mean(at.spread, 0, keepdims=True)
         if plan.groups == 0:
             return _preconditioner.diagonal(spread, ridge)
-        return _preconditioner.factorise(fast.problem, spread, ridge, examples)
+        factor = _preconditioner.factorise(fast.problem, spread, ridge, examples)
+        return jnp.broadcast_to(factor, (plan.groups, *factor.shape[1:]))
 
     def separate(at: Curvature) -> Array:
-        if plan.groups <= 1:
-            return shared(at)
         return _preconditioner.factorise(fast.problem, at.spread, ridge, plan.rows)
 
+    def preconditioner(state: State, at: Curvature, wanted: Array) -> State:
+        """The classes are alike at first, so their first one is shared."""
+        first = wanted & (state.iterations == 0)
+        due = wanted & (state.owed >= plan.price)
+        if plan.groups <= 1:
+            factor = _once(first | due, lambda _: shared(at), state.factor)
+        else:
+            factor = _once(first, lambda _: shared(at), state.factor)
+            factor = _once(due, lambda _: separate(at), factor)
+        return state._replace(factor=factor, owed=jnp.where(first | due, 0, state.owed))
+
     def direction(state: State, at: Curvature, wanted: Array) -> Progress:
-        point = state.at
+        value = state.at.value
 
         def precondition(residual: Array) -> Array:
             return _preconditioner.apply(state.factor, residual.astype(narrow)).astype(wide)
 
-        fast_product = narrowly(at)
-        if wide == narrow:
-            product = fast_product
-        else:
-            slow_product = exactly(point.table)
-
-            def product(table: Array) -> Array:
-                return lax.cond(state.exact, slow_product, fast_product, table)
-
         forcing = jnp.clip(jnp.sqrt(state.drop), 1e-3, _FORCING)
+        most = jnp.maximum(plan.price - state.owed, _LEAST)
 
         def proceed(cg: Progress, first: Array) -> Array:
             # Without a penalty the decrement is the certificate, and so is found well.
-            small = ~penalised & (cg.decrement / 2 <= tol * point.value)
+            small = ~penalised & (cg.decrement / 2 <= tol * value)
             enough = cg.squared <= jnp.where(small, 1e-3, forcing) ** 2 * first
-            left = bound(cg.residual, fast) <= 0.1 * tol * point.value
-            return wanted & ~enough & ~left & (cg.steps < point.table.size)
+            certified = penalised & (weights_gap(cg.residual) <= tol / 2 * value)
+            return wanted & ~enough & ~certified & (cg.steps < most)
 
-        return conjugate_gradient(product, precondition, -point.gradient, proceed)
+        return conjugate_gradient(products(state, at), precondition, -state.at.gradient, proceed)
 
     def line_search(point: Point, step: Array, decrement: Array) -> tuple[Point, Array]:
         """The first of the lengths 1, 1/2, 1/4, ... that makes the objective fall enough."""
@@ -177,93 +184,95 @@ def newton_cg(
             _, length, tries = carry
             return evaluate(point.table + length / 2 * step), length / 2, tries + 1
 
-        nowhere = point._replace(value=jnp.full_like(point.value, jnp.inf))
-        begin = (nowhere, jnp.full_like(point.value, 2), jnp.zeros((), jnp.int32))
-        new, _, tries = lax.while_loop(proceed, shorten, begin)
+        nowhere = point._replace(value=jnp.full_like(point.value, jnp.nan))
+        new, _, tries = lax.while_loop(proceed, shorten, (nowhere, jnp.full((), 2, wide), zero))
         return new, tries
 
     def advance(state: State) -> State:
-        ending = (state.iterations >= max_iter) | (state.idle >= _IDLE)
-        hopeful = bound(state.at.gradient) <= tol * state.at.value
-        point = _once(penalised & (hopeful | ending), certified, state.at)
+        point = state.at
+        started = state.iterations >= 0
         at = curvature(fast.params(point.table.astype(narrow)), fast.problem)
-        state = state._replace(at=point)
+        ending = (state.iterations >= max_iter) | (state.idle >= _IDLE)
+        hopeful = started & penalised & ((point.weights_gap <= tol * point.value) | ending)
+        polish, left = jnp.zeros_like(point.value, shape=classes), jnp.zeros_like(point.value)
+        settled = hopeful
+        if fit_bias:
+            polish, left = _once(
+                hopeful, lambda _: bias_step(at, point.gradient), (polish, left)
+            )
+            exactly = left <= 1e-3 * tol * point.value
+            settled = hopeful & (exactly | (state.polished >= _POLISHES))
+        gap = jnp.where(settled, point.weights_gap + left, jnp.inf)
 
-        def judged(point: Point) -> Array:
+        def judged(gap: Array, known: Array) -> Array:
             finite = jnp.isfinite(point.value) & jnp.all(jnp.isfinite(point.gradient))
-            return jnp.select(
-                [
-                    ~finite,
-                    point.gap <= tol * point.value,
-                    ~penalised & (point.value < separated),
-                    state.iterations >= max_iter,
-                    state.idle >= _IDLE,
-                ],
-                [
-                    Status.DIVERGED,
-                    Status.CONVERGED,
-                    Status.SEPARABLE,
-                    Status.MAX_ITER,
-                    Status.STALLED,
-                ],
-                RUNNING,
-            ).astype(jnp.int32)
+            cases = [
+                (~started, RUNNING),
+                (~finite, Status.DIVERGED),
+                (gap <= tol * point.value, Status.CONVERGED),
+                (~penalised & (point.value < separated), Status.SEPARABLE),
+                (known & (state.iterations >= max_iter), Status.MAX_ITER),
+                (known & ending, Status.STALLED),
+            ]
+            return jnp.select(*map(list, zip(*cases, strict=True)), RUNNING).astype(jnp.int32)
 
-        status = judged(point)
-        wanted = (status == RUNNING) | ~penalised & (status != Status.DIVERGED)
-        due = (state.owed >= plan.price) & wanted
-        factor = _once(due, lambda _: separate(at), state.factor)
-        state = state._replace(factor=factor, owed=jnp.where(due, 0, state.owed))
-
+        status = judged(gap, settled)
+        wanted = started & (status == RUNNING) & ~hopeful
+        state = preconditioner(state, at, wanted)
         cg = direction(state, at, wanted)
         decrement = jnp.where(cg.broken, jnp.inf, cg.decrement / 2)
-        point = point._replace(gap=jnp.where(penalised, point.gap, decrement))
-        status = judged(point)
+        gap = jnp.where(penalised, gap, decrement)
+        status = jnp.where(status == RUNNING, judged(gap, settled | ~penalised), status)
 
         step = cg.x - jnp.mean(cg.x, 0)
+        step = jnp.where(hopeful, step.at[:, -1].set(polish), step)
         running = status == RUNNING
         new, tries = _once(
             running,
-            lambda _: line_search(point, step, cg.decrement),
-            (point, jnp.zeros((), jnp.int32)),
+            lambda _: line_search(point, step, cg.decrement + 2 * left),
+            (point, zero),
         )
-        fallen = new.value < point.value * (1 - slack)
-        certain = bound(new.gradient) < bound(point.gradient) / 2
-        idle = jnp.where(fallen | certain, 0, state.idle + 1)
+        progress = (new.value < point.value * (1 - slack)) | (
+            penalised & (new.weights_gap < point.weights_gap / 2)
+        )
+        idle = jnp.where(progress | ~started, 0, state.idle + wanted)
         switch = (idle >= _IDLE) & ~state.exact & (wide != narrow)
         return State(
             at=new,
-            factor=factor,
+            gap=gap,
+            factor=state.factor,
             owed=state.owed + cg.steps,
             exact=state.exact | switch,
-            drop=cg.decrement / point.value,
+            drop=jnp.where(wanted, cg.decrement / point.value, state.drop),
             idle=jnp.where(switch, 0, idle),
-            iterations=state.iterations + running,
+            polished=jnp.where(hopeful, state.polished + 1, 0),
+            iterations=state.iterations + (running & (wanted | ~started)),
             products=state.products + cg.steps + tries,
             status=status,
         )
 
-    zero = jnp.zeros((), jnp.int32)
-    first = shared(at_start)
-    begin = State(
-        at=start,
-        factor=jnp.broadcast_to(first, (max(plan.groups, 1), *first.shape[1:])),
+    table = exact.table_of(init)
+    shape = (plan.groups or 1, width + 1, width + 1)
+    start = State(
+        at=Point(table, infinite, jnp.zeros_like(table), infinite),
+        gap=infinite,
+        factor=jnp.zeros(shape if plan.groups else shape[:2], narrow),
         owed=zero,
         exact=jnp.zeros((), bool),
-        drop=jnp.ones_like(start.value),
+        drop=jnp.ones((), wide),
         idle=zero,
-        iterations=zero,
-        products=zero + 1,
+        polished=zero,
+        iterations=zero - 1,
+        products=zero,
         status=zero + RUNNING,
     )
-    end: State = lax.while_loop(lambda state: state.status == RUNNING, advance, begin)
+    end: State = lax.while_loop(lambda state: state.status == RUNNING, advance, start)
     value, gradient = end.at.value, exact.gradient(end.at.gradient)
-    norm = jnp.sqrt(jnp.sum(gradient.weights**2) + jnp.sum(gradient.bias**2))
     fit = Fit(
         params=exact.params(end.at.table),
         objective=value,
-        gap=end.at.gap / jnp.where(value == 0, 1, value),
-        gradient_norm=norm,
+        gap=end.gap / jnp.where(value == 0, 1, value),
+        gradient_norm=jnp.sqrt(jnp.sum(gradient.weights**2) + jnp.sum(gradient.bias**2)),
         iterations=end.iterations,
         status=end.status,
     )

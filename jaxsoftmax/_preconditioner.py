@@ -47,8 +47,8 @@ def plan(examples: int, width: int, classes: int, *, kept: bool) -> Plan:
     groups = classes if kept and classes > 2 else 1
     if groups * size > budget:
         groups = 1 if size <= budget else 0
-    rows = examples if groups <= 1 else min(examples, max(examples // classes, 2 * width))
-    price = 1 + groups / classes * width * (rows + width) / (4 * examples)
+    rows = examples if groups <= 1 else min(examples, max(examples // classes, width))
+    price = 10 + groups / classes * width * (rows + width) / (4 * examples)
     return Plan(groups, rows, price)
 
 
@@ -74,7 +74,8 @@ def factorise(problem: Problem, spread: Array, ridge: Array, rows: int) -> Array
             max(4096, 2 * problem.features.shape[1]),
         )
 
-    return lax.map(lambda weight: _inverse_factor(block(weight), ridge), spread)
+    blocks = lax.map(block, spread)
+    return lax.map(lambda block: _inverse_factor(block, ridge), blocks)
 
 
 def diagonal(spread: Array, ridge: Array) -> Array:

@@ -6,17 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxsoftmax._conjugate_gradient import Progress, conjugate_gradient
-from jaxsoftmax.objective import (
-    Params,
-    Problem,
-    bias_curvature,
-    curvature,
-    objective,
-    value_and_gradient,
-)
+from jaxsoftmax.objective import Params, Problem, curvature, value_and_gradient
 
 
 class Certificate(NamedTuple):
@@ -44,24 +37,12 @@ def weights_gap(gradient: Params, problem: Problem) -> Float[Array, ""]:
     return jnp.where(jnp.any(penalised), gap, jnp.inf)
 
 
-def duality_gap(params: Params, problem: Problem, *, fit_bias: bool) -> Certificate:
-    """Move the bias to its optimum for these weights, and bound f - min f there for l2 > 0.
-
-    What rounding leaves of the bias' own half squared Newton decrement is added.
-    """
-    bias_gap = jnp.zeros_like(problem.share, shape=())
-    if fit_bias:
-        params, bias_gap = _with_optimal_bias(params, problem)
-    value, gradient = value_and_gradient(params, problem)
-    if not fit_bias:
-        gradient = gradient._replace(bias=jnp.zeros_like(gradient.bias))
-    return Certificate(params, value, gradient, weights_gap(gradient, problem) + bias_gap)
-
-
 def certify(
     params: Params, problem: Problem, *, fit_bias: bool, tol: Float[Array, ""]
 ) -> Certificate:
     r"""Move the bias to its optimum for these weights, and bound f - min f there.
+
+    What rounding leaves of the bias' own half squared Newton decrement is added.
 
     Where :math:`\lambda = 0` there is no such bound. Half the squared Newton decrement,
     :math:`\tfrac12 \nabla f^T H^+ \nabla f`, takes its place, which is f - min f of the quadratic
@@ -70,7 +51,13 @@ def certify(
     Reference:
       Boyd, Vandenberghe (2004), Convex Optimization, section 9.5.1, eq. 9.9.
     """
-    found = duality_gap(params, problem, fit_bias=fit_bias)
+    if fit_bias:
+        found = _with_optimal_bias(params, problem)
+    else:
+        value, gradient = value_and_gradient(params, problem)
+        gradient = gradient._replace(bias=jnp.zeros_like(gradient.bias))
+        found = Certificate(params, value, gradient, jnp.zeros_like(value))
+    found = found._replace(gap=found.gap + weights_gap(found.gradient, problem))
     penalised = jnp.any(problem.l2 > 0)
     # Without a penalty a column may have any scale: in these coordinates each has size 1.
     size = jnp.max(jnp.abs(problem.features), 0).astype(found.objective.dtype)
@@ -99,40 +86,56 @@ def certify(
     return found._replace(gap=jnp.where(penalised, found.gap, decrement))
 
 
-class _BiasStep(NamedTuple):
-    bias: Array
-    loss: Array
+def bias_step(
+    hessian: Float[Array, "classes classes"],
+    gradient: Float[Array, " classes"],
+    classes: Bool[Array, " classes"] | None,
+) -> tuple[Float[Array, " classes"], Float[Array, ""]]:
+    """Newton's step of the bias at fixed weights, and half its squared decrement."""
+    if classes is None:
+        classes = jnp.ones_like(gradient, bool)
+    # The Hessian and the gradient are 0 along the constant vector and on absent classes.
+    scale = jnp.maximum(jnp.trace(hessian), jnp.finfo(hessian.dtype).tiny)
+    regular = hessian + scale + jnp.diag(jnp.where(classes, 0, scale))
+    step = -jax.scipy.linalg.solve(regular, gradient.astype(hessian.dtype), assume_a="pos")
+    step = step.astype(gradient.dtype)
+    return step, -jnp.sum(gradient * step) / 2
+
+
+class _BiasSearch(NamedTuple):
+    at: Certificate
     step: Array
-    decrement: Array
     improved: Array
     steps: Array
 
 
-def _with_optimal_bias(params: Params, problem: Problem) -> tuple[Params, Array]:
-    """The bias by Newton's method at fixed weights, and half the squared decrement that is left."""
-    dtype = params.bias.dtype
-    eps, tiny = jnp.finfo(dtype).eps, jnp.finfo(dtype).tiny
-    classes = jnp.ones_like(params.bias, bool) if problem.classes is None else problem.classes
-    zero_steps = jnp.zeros((), jnp.int32)
+def _with_optimal_bias(params: Params, problem: Problem) -> Certificate:
+    """The bias by Newton's method at fixed weights; the gap is half the decrement that is left."""
+    eps = jnp.finfo(params.bias.dtype).eps
 
-    def evaluate(bias: Array) -> _BiasStep:
-        loss, gradient, hessian = bias_curvature(params._replace(bias=bias), problem)
-        # The Hessian and the gradient are 0 along the constant vector and on absent classes.
-        scale = jnp.maximum(jnp.trace(hessian), tiny)
-        regular = hessian + scale + jnp.diag(jnp.where(classes, 0, scale))
-        step = -jax.scipy.linalg.solve(regular, gradient, assume_a="pos")
-        decrement = -jnp.sum(gradient * step) / 2
-        return _BiasStep(bias, loss, step, decrement, decrement > eps * loss, zero_steps)
+    def evaluate(params: Params, steps: Array) -> _BiasSearch:
+        value, gradient = value_and_gradient(params, problem)
+        hessian = curvature(params, problem).bias()
+        step, decrement = bias_step(hessian, gradient.bias, problem.classes)
+        found = Certificate(params, value, gradient, decrement)
+        return _BiasSearch(found, step, decrement > eps * value, steps)
 
-    def advance(old: _BiasStep) -> _BiasStep:
-        new = evaluate(old.bias + old.step)
-        improved = (new.decrement < old.decrement) & (new.loss <= old.loss * (1 + 8 * eps))
+    def advance(old: _BiasSearch) -> _BiasSearch:
+        bias = old.at.params.bias + old.step
+        new = evaluate(old.at.params._replace(bias=bias), old.steps + 1)
+        improved = (new.at.gap < old.at.gap) & (
+            new.at.objective <= old.at.objective * (1 + 8 * eps)
+        )
         kept = jax.tree.map(lambda new, old: jnp.where(improved, new, old), new, old)
-        return kept._replace(improved=improved & new.improved, steps=old.steps + 1)
+        return kept._replace(improved=improved & new.improved, steps=new.steps)
 
     # The decrement falls quadratically until rounding ends it; so does, far away, a failed step.
     # Separable data have no optimum: there the steps would go on until the loss underflows.
-    zero, infinite = jnp.zeros_like(params.bias), jnp.full_like(params.bias, jnp.inf, shape=())
-    start = _BiasStep(params.bias, infinite, zero, infinite, jnp.array(True), zero_steps)
-    last = lax.while_loop(lambda at: at.improved & (at.steps < 20), advance, start)
-    return params._replace(bias=last.bias), last.decrement
+    infinite = jnp.full_like(params.bias, jnp.inf, shape=())
+    start = _BiasSearch(
+        Certificate(params, infinite, params, infinite),
+        jnp.zeros_like(params.bias),
+        jnp.array(True),
+        jnp.zeros((), jnp.int32),
+    )
+    return lax.while_loop(lambda s: s.improved & (s.steps < 20), advance, start).at

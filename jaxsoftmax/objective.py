@@ -160,11 +160,13 @@ class Curvature(NamedTuple):
     .. math:: H V = \sum_i c_i\, (\mathrm{diag}(p_i) - p_i p_i^T)\, V x_i x_i^T + \lambda V.
 
     `spread` is c_i p_ik (1 - p_ik), the factor of x_i x_i^T in the Hessian's diagonal blocks; where
-    the logits are too many to be kept, the mean of it over the classes.
+    the logits are too many to be kept, the mean of it over the classes. `bias` gives the Hessian
+    with respect to the bias alone.
     """
 
     product: Callable[[Params], Params]
     spread: Float[Array, "groups examples"]
+    bias: Callable[[], Float[Array, "classes classes"]]
 
 
 def curvature(params: Params, problem: Problem) -> Curvature:
@@ -186,10 +188,16 @@ def curvature(params: Params, problem: Problem) -> Curvature:
     def with_penalty(data_term: Params, v: Params) -> Params:
         return data_term._replace(weights=data_term.weights + problem.l2 * v.weights)
 
+    def covariance(rows: Problem, p: Array) -> Array:
+        weighted = rows.share * p
+        return jnp.diag(jnp.sum(weighted, 1)) - weighted @ p.T
+
     if size >= problem.features.shape[0]:
         p, change = probabilities(problem)
         return Curvature(
-            lambda v: with_penalty(weighted(problem, change, v), v), problem.share * p * (1 - p)
+            product=lambda v: with_penalty(weighted(problem, change, v), v),
+            spread=problem.share * p * (1 - p),
+            bias=lambda: covariance(problem, p),
         )
 
     def product(v: Params) -> Params:
@@ -202,22 +210,10 @@ def curvature(params: Params, problem: Problem) -> Curvature:
         p = probabilities(rows)[0]
         return rows.share * jnp.mean(p * (1 - p), 0)
 
-    return Curvature(product, map_rows(block_spread, problem, size)[None])
+    def bias() -> Array:
+        return sum_over_rows(lambda rows: covariance(rows, probabilities(rows)[0]), problem, size)
 
-
-def bias_curvature(params: Params, problem: Problem) -> tuple[Array, Array, Array]:
-    """The mean loss, and its gradient and Hessian with respect to the bias."""
-
-    def block(rows: Problem) -> tuple[Array, Array, Array]:
-        def mean_loss(bias: Array) -> Array:
-            return _mean_loss(params._replace(bias=bias), rows)
-
-        loss, gradient = jax.value_and_grad(mean_loss)(params.bias)
-        p = softmax(_logits(params, rows), 0, where=_column(rows.classes))
-        weighted = rows.share * p
-        return loss, gradient, jnp.diag(jnp.sum(weighted, 1)) - weighted @ p.T
-
-    return sum_over_rows(block, problem, _block_size(params, problem))
+    return Curvature(product, map_rows(block_spread, problem, size)[None], bias)
 
 
 # More logits than this, and than an eighth of the features, are formed in blocks of this many
@@ -225,12 +221,16 @@ def bias_curvature(params: Params, problem: Problem) -> tuple[Array, Array, Arra
 _LOGITS = 2**22
 
 
+def in_blocks(classes: int, problem: Problem) -> bool:
+    """Whether the logits are too many to be formed at once."""
+    examples, width = problem.features.shape
+    return examples * classes > max(_LOGITS, examples * width // 8)
+
+
 def _block_size(params: Params, problem: Problem) -> int:
     """How many rows' logits are formed at a time."""
-    (examples, width), classes = problem.features.shape, params.bias.size
-    if examples * classes <= max(_LOGITS, examples * width // 8):
-        return examples
-    return max(_LOGITS // 4 // classes, 1)
+    classes = params.bias.size
+    return max(_LOGITS // 4 // classes, 1) if in_blocks(classes, problem) else len(problem.share)
 
 
 _Sum = TypeVar("_Sum")
@@ -241,6 +241,8 @@ def sum_over_rows(f: Callable[[Problem], _Sum], problem: Problem, size: int) -> 
     examples = problem.features.shape[0]
     if size >= examples:
         return f(problem)
+    count = -(-examples // size)
+    size = -(-examples // count)
 
     def add(i: Array, total: _Sum) -> _Sum:
         rows, start = _rows(problem, i * size, size)
@@ -252,7 +254,7 @@ def sum_over_rows(f: Callable[[Problem], _Sum], problem: Problem, size: int) -> 
 
     shapes = jax.eval_shape(lambda: f(_rows(problem, 0, size)[0]))
     zero: _Sum = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
-    total: _Sum = lax.fori_loop(0, -(-examples // size), add, zero)
+    total: _Sum = lax.fori_loop(0, count, add, zero)
     return total
 
 
