@@ -34,16 +34,6 @@ def conjugate_gradient(
     Reference:
       Nocedal, Wright (2006), Numerical Optimization, algorithm 5.3.
     """
-    largest = jnp.max(jnp.abs(b))
-    scale = jnp.where(largest > 0, largest, 1)  # the squares must not underflow
-
-    def unscaled(at: Progress) -> Progress:
-        return at._replace(
-            x=at.x * scale,
-            residual=at.residual * scale,
-            squared=at.squared * scale * scale,
-            decrement=at.decrement * scale * scale,
-        )
 
     def advance(at: Progress) -> Progress:
         image = product(at.direction)
@@ -53,31 +43,28 @@ def conjugate_gradient(
         residual = at.residual - alpha * image
         preconditioned = precondition(residual)
         squared = jnp.sum(residual * preconditioned)
-        ratio = squared / jnp.where(at.squared > 0, at.squared, 1)
         return Progress(
             x=at.x + alpha * at.direction,
             residual=residual,
-            direction=preconditioned + ratio * at.direction,
+            direction=preconditioned + squared / at.squared * at.direction,
             squared=squared,
             decrement=at.decrement + alpha * at.squared,
             steps=at.steps + 1,
             broken=broken,
         )
 
-    residual = b / scale
-    direction = precondition(residual)
-    squared = jnp.sum(residual * direction)
+    direction = precondition(b)
+    squared = jnp.sum(b * direction)
     start = Progress(
         x=jnp.zeros_like(b),
-        residual=residual,
+        residual=b,
         direction=direction,
         squared=squared,
         decrement=jnp.zeros_like(squared),
         steps=jnp.zeros((), jnp.int32),
         broken=jnp.zeros((), bool),
     )
-    first = squared * scale * scale
     end: Progress = lax.while_loop(
-        lambda at: (at.squared > 0) & ~at.broken & proceed(unscaled(at), first), advance, start
+        lambda at: (at.squared > 0) & ~at.broken & proceed(at, squared), advance, start
     )
-    return unscaled(end)
+    return end

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax import _preconditioner, certificate
+from jaxsoftmax import _preconditioner
 from jaxsoftmax._conjugate_gradient import Progress, conjugate_gradient
 from jaxsoftmax._coordinates import View
 from jaxsoftmax.objective import Curvature, Params, curvature, in_blocks, value_and_gradient
@@ -102,8 +102,13 @@ def newton_cg(
     ridge = jnp.append(l2, 0 if fit_bias else 1).astype(narrow)
     separated = jnp.log(2) * jnp.min(jnp.where(problem.share > 0, problem.share, jnp.inf))
 
+    present = jnp.ones(classes, bool) if problem.classes is None else problem.classes
+    number = jnp.sum(present).astype(wide)
+
     def free(table: Array) -> Array:
-        return table if fit_bias else table.at[:, -1].set(0)
+        """The part that sums to 0 over the present classes: along the rest nothing changes."""
+        mask = present[:, None] & (fit_bias | (jnp.arange(width + 1) < width))
+        return jnp.where(mask, table - jnp.sum(table, 0, where=mask) / number, 0)
 
     def weights_gap(gradient: Array) -> Array:
         return jnp.sum(gradient[:, :-1] ** 2 * duality)
@@ -113,17 +118,14 @@ def newton_cg(
         gradient = free(exact.table(gradient))
         return Point(table, value, gradient, weights_gap(gradient))
 
-    def bias_step(at: Curvature, gradient: Array) -> tuple[Array, Array]:
-        return certificate.bias_step(at.bias(), gradient[:, -1], problem.classes)
-
     def products(state: State, at: Curvature) -> Callable[[Array], Array]:
         def fast_product(table: Array) -> Array:
             image = at.product(fast.params(table.astype(narrow)))
-            return free(fast.table(image)).astype(wide)
+            return fast.table(image).astype(wide)
 
         def exact_product(table: Array) -> Array:
             here = curvature(exact.params(state.at.table), problem)
-            return free(exact.table(here.product(exact.params(table))))
+            return exact.table(here.product(exact.params(table)))
 
         if wide == narrow:
             return fast_product
@@ -154,23 +156,28 @@ def newton_cg(
             factor = _once(due, lambda _: separate(at), factor)
         return state._replace(factor=factor, owed=jnp.where(first | due, 0, state.owed))
 
-    def direction(state: State, at: Curvature, wanted: Array) -> Progress:
+    def direction(state: State, at: Curvature, wanted: Array, polish: Array) -> Progress:
+        """The Newton step, or that of the bias alone."""
         value = state.at.value
+        product = products(state, at)
+        varied = ~polish | (jnp.arange(width + 1) == width)
 
         def precondition(residual: Array) -> Array:
-            return _preconditioner.apply(state.factor, residual.astype(narrow)).astype(wide)
+            residual = jnp.where(varied, free(residual), 0)
+            preconditioned = _preconditioner.apply(state.factor, residual.astype(narrow))
+            return jnp.where(varied, free(preconditioned.astype(wide)), 0)
 
         forcing = jnp.clip(jnp.sqrt(state.drop), 1e-3, _FORCING)
         most = jnp.maximum(plan.price - state.owed, _LEAST)
 
         def proceed(cg: Progress, first: Array) -> Array:
-            # Without a penalty the decrement is the certificate, and so is found well.
-            small = ~penalised & (cg.decrement / 2 <= tol * value)
+            # Where the decrement is the certificate it is found well.
+            small = (polish | ~penalised) & (cg.decrement / 2 <= tol * value)
             enough = cg.squared <= jnp.where(small, 1e-3, forcing) ** 2 * first
-            certified = penalised & (weights_gap(cg.residual) <= tol / 2 * value)
+            certified = penalised & ~polish & (weights_gap(cg.residual) <= tol / 2 * value)
             return wanted & ~enough & ~certified & (cg.steps < most)
 
-        return conjugate_gradient(products(state, at), precondition, -state.at.gradient, proceed)
+        return conjugate_gradient(product, precondition, -state.at.gradient, proceed)
 
     def line_search(point: Point, step: Array, decrement: Array) -> tuple[Point, Array]:
         """The first of the lengths 1, 1/2, 1/4, ... that makes the objective fall enough."""
@@ -193,17 +200,8 @@ def newton_cg(
         started = state.iterations >= 0
         at = curvature(fast.params(point.table.astype(narrow)), fast.problem)
         ending = (state.iterations >= max_iter) | (state.idle >= _IDLE)
-        hopeful = started & penalised & ((point.weights_gap <= tol * point.value) | ending)
-        polish, left = jnp.zeros_like(point.value, shape=classes), jnp.zeros_like(point.value)
-        settled = hopeful
-        if fit_bias:
-            polish, left = _once(
-                hopeful, lambda _: bias_step(at, point.gradient), (polish, left)
-            )
-            exactly = left <= 1e-3 * tol * point.value
-            settled = hopeful & (exactly | (state.polished >= _POLISHES))
-        gap = jnp.where(settled, point.weights_gap + left, jnp.inf)
-
+        near = (point.weights_gap <= tol * point.value) & (state.polished < _POLISHES)
+        polish = started & penalised & (near | ending)
         def judged(gap: Array, known: Array) -> Array:
             finite = jnp.isfinite(point.value) & jnp.all(jnp.isfinite(point.gradient))
             cases = [
@@ -216,37 +214,35 @@ def newton_cg(
             ]
             return jnp.select(*map(list, zip(*cases, strict=True)), RUNNING).astype(jnp.int32)
 
-        status = judged(gap, settled)
-        wanted = started & (status == RUNNING) & ~hopeful
+        wanted = started & (judged(infinite, jnp.array(False)) == RUNNING) & (~ending | polish | ~penalised)
         state = preconditioner(state, at, wanted)
-        cg = direction(state, at, wanted)
+        cg = direction(state, at, wanted, polish)
         decrement = jnp.where(cg.broken, jnp.inf, cg.decrement / 2)
-        gap = jnp.where(penalised, gap, decrement)
-        status = jnp.where(status == RUNNING, judged(gap, settled | ~penalised), status)
-
-        step = cg.x - jnp.mean(cg.x, 0)
-        step = jnp.where(hopeful, step.at[:, -1].set(polish), step)
+        settled = (decrement <= 1e-3 * tol * point.value) | (state.polished + 1 >= _POLISHES)
+        gap = jnp.where(penalised, point.weights_gap, 0) + decrement
+        known = ~penalised | polish & settled
+        status = judged(jnp.where(known, gap, jnp.inf), known)
         running = status == RUNNING
         new, tries = _once(
             running,
-            lambda _: line_search(point, step, cg.decrement + 2 * left),
+            lambda _: line_search(point, cg.x, cg.decrement),
             (point, zero),
         )
         progress = (new.value < point.value * (1 - slack)) | (
             penalised & (new.weights_gap < point.weights_gap / 2)
         )
-        idle = jnp.where(progress | ~started, 0, state.idle + wanted)
+        idle = jnp.where(progress | ~started, 0, state.idle + ~polish)
         switch = (idle >= _IDLE) & ~state.exact & (wide != narrow)
         return State(
             at=new,
-            gap=gap,
+            gap=jnp.where(known, gap, jnp.inf),
             factor=state.factor,
             owed=state.owed + cg.steps,
             exact=state.exact | switch,
-            drop=jnp.where(wanted, cg.decrement / point.value, state.drop),
+            drop=jnp.where(started & ~polish, cg.decrement / point.value, state.drop),
             idle=jnp.where(switch, 0, idle),
-            polished=jnp.where(hopeful, state.polished + 1, 0),
-            iterations=state.iterations + (running & (wanted | ~started)),
+            polished=jnp.where(polish, state.polished + 1, 0),
+            iterations=state.iterations + (running & ~polish),
             products=state.products + cg.steps + tries,
             status=status,
         )

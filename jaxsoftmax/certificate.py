@@ -63,6 +63,7 @@ def certify(
     size = jnp.max(jnp.abs(problem.features), 0).astype(found.objective.dtype)
     size = jnp.broadcast_to(jnp.where(size > 0, size, 1), params.weights.shape)
     scale, unravel = ravel_pytree(Params(size, jnp.ones_like(params.bias)))
+    gradient = ravel_pytree(found.gradient)[0] / scale
     at = curvature(found.params, problem)
 
     def product(v: Array) -> Array:
@@ -74,13 +75,15 @@ def certify(
             image = image._replace(bias=jnp.zeros_like(image.bias))
         return ravel_pytree(image)[0] / scale
 
+    largest = jnp.max(jnp.abs(gradient))
+    largest = jnp.where(largest > 0, largest, 1)  # the square of the gradient must not underflow
+
     def proceed(at: Progress, start: Array) -> Array:
-        enough = at.decrement / 2 > tol * found.objective
+        enough = at.decrement / 2 > tol * found.objective / largest / largest
         return ~penalised & ~enough & (at.squared > 1e-6 * start) & (at.steps < scale.size)
 
-    gradient = ravel_pytree(found.gradient)[0] / scale
-    end = conjugate_gradient(product, lambda residual: residual, gradient, proceed)
-    decrement = jnp.where(end.broken, jnp.inf, end.decrement / 2)
+    end = conjugate_gradient(product, lambda residual: residual, gradient / largest, proceed)
+    decrement = jnp.where(end.broken, jnp.inf, end.decrement / 2) * largest * largest
     # A loss of 0 is not attained by finite parameters: there is no optimum to be near to.
     decrement = jnp.where(found.objective == 0, jnp.inf, decrement)
     return found._replace(gap=jnp.where(penalised, found.gap, decrement))
