@@ -4,6 +4,7 @@ Newton's method does not depend on coordinates, but rounding and preconditioners
 held as a table (classes, features + 1) with the bias in the last column.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -49,6 +50,33 @@ class View(NamedTuple):
         return Params(table[:, :-1] * scale + jnp.outer(bias, self.mean), bias)
 
 
+class RowSpace(NamedTuple):
+    """Parameters V, b' of the features' coordinates in an orthonormal basis Q of their rows:
+    W = V Q^T, b = b' - W mean."""
+
+    basis: Float[Array, "features examples"]
+    mean: Float[Array, " features"]
+
+    def inward(self, params: Params) -> Params:
+        return Params(params.weights @ self.basis, params.bias + params.weights @ self.mean)
+
+    def outward(self, params: Params) -> Params:
+        weights = params.weights @ self.basis.T
+        return Params(weights, params.bias - weights @ self.mean)
+
+
+def row_space(problem: Problem, *, centre: bool) -> tuple[RowSpace, Problem]:
+    """The same problem with no more features than examples.
+
+    The optimal weights are combinations of the rows: what is orthogonal to them changes no logit,
+    and a penalty makes it 0.
+    """
+    features = problem.features.astype(problem.share.dtype)
+    mean = problem.share @ features if centre else jnp.zeros_like(features[0])
+    basis, triangle = jnp.linalg.qr((features - mean).T)
+    return RowSpace(basis, mean), problem._replace(features=triangle.T)
+
+
 def view(problem: Problem, *, centre: bool) -> View:
     """The problem in its own coordinates; without `centre`, for want of a bias, with means 0."""
     dtype = problem.share.dtype
@@ -89,3 +117,19 @@ def standard(of: View, dtype: jnp.dtype) -> View:
         l2=l2.astype(dtype),
     )
     return View(copy, jnp.zeros_like(mean, dtype), jnp.ones_like(inverse, dtype))
+
+
+def projection(problem: Problem, classes: int, *, fit_bias: bool) -> Callable[[Array], Array]:
+    """Of a table, the part that can vary: with sum 0 over the present classes.
+
+    Adding one vector to all classes changes no probability, and 0 over absent classes is theirs.
+    """
+    present = jnp.ones(classes, bool) if problem.classes is None else problem.classes
+    count = jnp.sum(present).astype(problem.share.dtype)
+    varies = jnp.append(jnp.ones(problem.features.shape[1], bool), fit_bias)
+    mask = present[:, None] & varies
+
+    def project(table: Array) -> Array:
+        return jnp.where(mask, table - jnp.sum(table, 0, where=mask) / count, 0)
+
+    return project

@@ -3,16 +3,22 @@
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax import _preconditioner
+from jaxsoftmax import _coordinates, _preconditioner
 from jaxsoftmax._conjugate_gradient import Progress, conjugate_gradient
-from jaxsoftmax._coordinates import View
-from jaxsoftmax.objective import Curvature, Params, curvature, in_blocks, value_and_gradient
+from jaxsoftmax.objective import (
+    Curvature,
+    Params,
+    Problem,
+    curvature,
+    in_blocks,
+    value_and_gradient,
+)
 from jaxsoftmax.solvers import RUNNING, Fit, Status
 
+_FAST = jnp.float32  # the dtype of products with the Hessian and of the preconditioner
 _FORCING = 0.3  # the accuracy of a Newton step, far from the optimum
 _LEAST = 10  # steps of conjugate gradients that a preconditioner is kept for, though it is paid for
 _HALVINGS = 30
@@ -36,7 +42,7 @@ class State(NamedTuple):
       at: the point.
       gap: bound on objective - minimum there, if it is known.
       factor: the preconditioner.
-      owed: products since it was made.
+      owed: products since it was made, -1 before there is one.
       exact: whether products are computed in the dtype of the problem.
       drop: half the squared decrement of the last step, relative to the objective.
       idle: steps in a row without progress.
@@ -60,14 +66,14 @@ class State(NamedTuple):
 
 
 def newton_cg(
-    exact: View, fast: View, init: Params, *, fit_bias: bool, tol: Array, max_iter: Array
+    problem: Problem, init: Params, *, fit_bias: bool, tol: Array, max_iter: Array
 ) -> tuple[Fit, Array]:
     r"""Newton's method, whose steps are found by preconditioned conjugate gradients.
 
     A step d solves :math:`H d = -\nabla f` up to a part of the gradient that falls with the
-    decrement, or until the gradient that is left would certify `tol`. Objective and gradient are
-    those of `exact`, products with H those of `fast`, the same problem with standard columns in
-    float32, until that allows no more progress.
+    decrement, or until the gradient that is left would certify `tol`. Products with H are computed
+    with standard columns in float32, as long as that allows progress; the objective and its
+    gradient in the dtype of the problem.
 
     The preconditioner is made anew when the products since cost as much as it does: so it never
     costs more than they do.
@@ -76,9 +82,8 @@ def newton_cg(
     end the bias alone takes Newton steps. Where l2 = 0 it is half the squared Newton decrement.
 
     Args:
-      exact: the problem in its own dtype.
-      fast: the same problem as `_coordinates.standard` makes it.
-      init: parameters of the problem of `exact`.
+      problem: the problem.
+      init: parameters to start from, with sum 0 over the present classes.
       fit_bias: whether the bias is fitted; else it stays.
       tol: bound on (objective - minimum) / objective.
       max_iter: the most Newton steps.
@@ -89,51 +94,51 @@ def newton_cg(
     Reference:
       Nocedal, Wright (2006), Numerical Optimization, algorithm 7.1.
     """
-    problem = exact.problem
+    if problem.features.shape[1] > problem.features.shape[0]:
+        rows, inner = _coordinates.row_space(problem, centre=fit_bias)
+        inner_fit, products = newton_cg(
+            inner, rows.inward(init), fit_bias=fit_bias, tol=tol, max_iter=max_iter
+        )
+        return inner_fit._replace(params=rows.outward(inner_fit.params)), products
+    view = _coordinates.view(problem, centre=fit_bias)
+    fast = _coordinates.standard(view, _FAST)
+    wide = problem.share.dtype
+    exact = fast if wide == _FAST else view
     examples, width = problem.features.shape
     classes = init.bias.size
-    wide, narrow = problem.share.dtype, fast.problem.share.dtype
     slack = 4 * jnp.finfo(wide).eps
     zero, infinite = jnp.zeros((), jnp.int32), jnp.full((), jnp.inf, wide)
 
     l2 = jnp.broadcast_to(fast.problem.l2.astype(wide), width)
     penalised = l2[0] > 0
     duality = 1 / jnp.where(penalised, 2 * l2, 1)
-    ridge = jnp.append(l2, 0 if fit_bias else 1).astype(narrow)
+    ridge = jnp.append(l2, 0 if fit_bias else 1).astype(_FAST)
     separated = jnp.log(2) * jnp.min(jnp.where(problem.share > 0, problem.share, jnp.inf))
 
-    present = jnp.ones(classes, bool) if problem.classes is None else problem.classes
-    number = jnp.sum(present).astype(wide)
-
-    def free(table: Array) -> Array:
-        """The part that sums to 0 over the present classes: along the rest nothing changes."""
-        mask = present[:, None] & (fit_bias | (jnp.arange(width + 1) < width))
-        return jnp.where(mask, table - jnp.sum(table, 0, where=mask) / number, 0)
+    free = _coordinates.projection(problem, classes, fit_bias=fit_bias)
 
     def weights_gap(gradient: Array) -> Array:
         return jnp.sum(gradient[:, :-1] ** 2 * duality)
 
     def evaluate(table: Array) -> Point:
-        value, gradient = value_and_gradient(exact.params(table), problem)
-        gradient = free(exact.table(gradient))
+        value, slope = value_and_gradient(exact.params(table), exact.problem)
+        gradient = free(exact.table(slope))
         return Point(table, value, gradient, weights_gap(gradient))
 
-    def products(state: State, at: Curvature) -> Callable[[Array], Array]:
+    def hessian(state: State, at: Curvature) -> Callable[[Array], Array]:
         def fast_product(table: Array) -> Array:
-            image = at.product(fast.params(table.astype(narrow)))
+            image = at.product(fast.params(table.astype(_FAST)))
             return fast.table(image).astype(wide)
 
         def exact_product(table: Array) -> Array:
-            here = curvature(exact.params(state.at.table), problem)
+            here = curvature(exact.params(state.at.table), exact.problem)
             return exact.table(here.product(exact.params(table)))
 
-        if wide == narrow:
+        if exact is fast:
             return fast_product
         return lambda table: lax.cond(state.exact, exact_product, fast_product, table)
 
-    plan = _preconditioner.plan(
-        examples, width, classes, kept=not in_blocks(classes, fast.problem)
-    )
+    plan = _preconditioner.plan(examples, width, classes, kept=not in_blocks(classes, fast.problem))
 
     def shared(at: Curvature) -> Array:
         spread = jnp.mean(at.spread, 0, keepdims=True)
@@ -147,7 +152,7 @@ def newton_cg(
 
     def preconditioner(state: State, at: Curvature, wanted: Array) -> State:
         """The classes are alike at first, so their first one is shared."""
-        first = wanted & (state.iterations == 0)
+        first = wanted & (state.owed < 0)
         due = wanted & (state.owed >= plan.price)
         if plan.groups <= 1:
             factor = _once(first | due, lambda _: shared(at), state.factor)
@@ -159,12 +164,12 @@ def newton_cg(
     def direction(state: State, at: Curvature, wanted: Array, polish: Array) -> Progress:
         """The Newton step, or that of the bias alone."""
         value = state.at.value
-        product = products(state, at)
+        product = hessian(state, at)
         varied = ~polish | (jnp.arange(width + 1) == width)
 
         def precondition(residual: Array) -> Array:
             residual = jnp.where(varied, free(residual), 0)
-            preconditioned = _preconditioner.apply(state.factor, residual.astype(narrow))
+            preconditioned = _preconditioner.apply(state.factor, residual.astype(_FAST))
             return jnp.where(varied, free(preconditioned.astype(wide)), 0)
 
         forcing = jnp.clip(jnp.sqrt(state.drop), 1e-3, _FORCING)
@@ -198,10 +203,11 @@ def newton_cg(
     def advance(state: State) -> State:
         point = state.at
         started = state.iterations >= 0
-        at = curvature(fast.params(point.table.astype(narrow)), fast.problem)
+        at = curvature(fast.params(point.table.astype(_FAST)), fast.problem)
         ending = (state.iterations >= max_iter) | (state.idle >= _IDLE)
         near = (point.weights_gap <= tol * point.value) & (state.polished < _POLISHES)
         polish = started & penalised & (near | ending)
+
         def judged(gap: Array, known: Array) -> Array:
             finite = jnp.isfinite(point.value) & jnp.all(jnp.isfinite(point.gradient))
             cases = [
@@ -212,9 +218,14 @@ def newton_cg(
                 (known & (state.iterations >= max_iter), Status.MAX_ITER),
                 (known & ending, Status.STALLED),
             ]
-            return jnp.select(*map(list, zip(*cases, strict=True)), RUNNING).astype(jnp.int32)
+            conditions, statuses = zip(*cases, strict=True)
+            return jnp.select(list(conditions), list(statuses), RUNNING).astype(jnp.int32)
 
-        wanted = started & (judged(infinite, jnp.array(False)) == RUNNING) & (~ending | polish | ~penalised)
+        wanted = (
+            started
+            & (judged(infinite, jnp.array(False)) == RUNNING)
+            & (~ending | polish | ~penalised)
+        )
         state = preconditioner(state, at, wanted)
         cg = direction(state, at, wanted, polish)
         decrement = jnp.where(cg.broken, jnp.inf, cg.decrement / 2)
@@ -232,7 +243,7 @@ def newton_cg(
             penalised & (new.weights_gap < point.weights_gap / 2)
         )
         idle = jnp.where(progress | ~started, 0, state.idle + ~polish)
-        switch = (idle >= _IDLE) & ~state.exact & (wide != narrow)
+        switch = (idle >= _IDLE) & ~state.exact & (exact is not fast)
         return State(
             at=new,
             gap=jnp.where(known, gap, jnp.inf),
@@ -247,13 +258,13 @@ def newton_cg(
             status=status,
         )
 
-    table = exact.table_of(init)
+    table = view.table_of(init)
     shape = (plan.groups or 1, width + 1, width + 1)
     start = State(
         at=Point(table, infinite, jnp.zeros_like(table), infinite),
         gap=infinite,
-        factor=jnp.zeros(shape if plan.groups else shape[:2], narrow),
-        owed=zero,
+        factor=jnp.zeros(shape if plan.groups else shape[:2], _FAST),
+        owed=zero - 1,
         exact=jnp.zeros((), bool),
         drop=jnp.ones((), wide),
         idle=zero,
@@ -263,9 +274,9 @@ def newton_cg(
         status=zero + RUNNING,
     )
     end: State = lax.while_loop(lambda state: state.status == RUNNING, advance, start)
-    value, gradient = end.at.value, exact.gradient(end.at.gradient)
+    value, gradient = end.at.value, view.gradient(end.at.gradient)
     fit = Fit(
-        params=exact.params(end.at.table),
+        params=view.params(end.at.table),
         objective=value,
         gap=end.gap / jnp.where(value == 0, 1, value),
         gradient_norm=jnp.sqrt(jnp.sum(gradient.weights**2) + jnp.sum(gradient.bias**2)),
@@ -281,5 +292,7 @@ _Value = TypeVar("_Value")
 def _once(wanted: Array, f: Callable[[_Value], _Value], value: _Value) -> _Value:
     """f(value) if `wanted`, else `value`: a `cond` that under vmap is run only if one wants it."""
     return lax.while_loop(
-        lambda carry: carry[0], lambda carry: (jnp.zeros_like(carry[0]), f(carry[1])), (wanted, value)
+        lambda carry: carry[0],
+        lambda carry: (jnp.zeros_like(carry[0]), f(carry[1])),
+        (wanted, value),
     )[1]

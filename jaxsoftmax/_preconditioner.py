@@ -87,8 +87,7 @@ def apply(factor: Array, table: Array) -> Array:
     """The preconditioner times a table (classes, features + 1)."""
     if factor.ndim == 2:
         return factor * table
-    groups, width, _ = factor.shape
-    if groups == 1:
+    if factor.shape[0] == 1:
         return (table @ factor[0].T) @ factor[0]
     return jnp.einsum("kij,ki->kj", factor, jnp.einsum("kij,kj->ki", factor, table))
 
@@ -114,4 +113,4 @@ def _inverse_factor(block: Array, ridge: Array) -> Array:
 
 
 def _tiny(like: Array) -> Array:
-    return jnp.finfo(like.dtype).tiny
+    return jnp.asarray(jnp.finfo(like.dtype).tiny)

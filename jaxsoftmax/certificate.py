@@ -54,9 +54,9 @@ def certify(
     if fit_bias:
         found = _with_optimal_bias(params, problem)
     else:
-        value, gradient = value_and_gradient(params, problem)
-        gradient = gradient._replace(bias=jnp.zeros_like(gradient.bias))
-        found = Certificate(params, value, gradient, jnp.zeros_like(value))
+        value, slope = value_and_gradient(params, problem)
+        slope = slope._replace(bias=jnp.zeros_like(slope.bias))
+        found = Certificate(params, value, slope, jnp.zeros_like(value))
     found = found._replace(gap=found.gap + weights_gap(found.gradient, problem))
     penalised = jnp.any(problem.l2 > 0)
     # Without a penalty a column may have any scale: in these coordinates each has size 1.

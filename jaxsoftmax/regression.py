@@ -1,19 +1,29 @@
 """Softmax regression: multinomial logistic regression fitted to a certified optimum."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Shaped
 
 from jaxsoftmax import _checks
-from jaxsoftmax._rows import compute_dtype
-from jaxsoftmax import _coordinates
+from jaxsoftmax._implicit import solve_hessian
 from jaxsoftmax._newton import newton_cg
+from jaxsoftmax._rows import compute_dtype
 from jaxsoftmax.certificate import certify
-from jaxsoftmax.objective import Params, centred, make_problem, objective, present_classes
+from jaxsoftmax.objective import (
+    Params,
+    Problem,
+    centred,
+    make_problem,
+    objective,
+    present_classes,
+    value_and_gradient,
+)
 from jaxsoftmax.solvers import Fit, Status, lbfgs
 
 SOLVERS = ("auto", "newton_cg", "lbfgs")
@@ -148,22 +158,43 @@ def _fit(
     # A class absent from the fit that gave `init` has bias -inf there, and may be present here.
     finite = jnp.where(init.bias == -jnp.inf, 0, init.bias)
     init = init._replace(bias=finite if fit_bias else jnp.zeros_like(finite))
-    if solver != "lbfgs":
-        view = _coordinates.view(problem, centre=fit_bias)
-        fast = _coordinates.standard(view, jnp.float32)
-        result, _ = newton_cg(
-            fast if problem.share.dtype == jnp.float32 else view, fast, centred(init, classes), fit_bias=fit_bias, tol=tol, max_iter=max_iter
-        )
-        if problem.share.dtype == jnp.float32:
-            result=result._replace(params=view.params(jnp.concatenate([result.params.weights,result.params.bias[:,None]],1)))
-    else: result = lbfgs(
-        lambda params: objective(params, problem, fit_bias=fit_bias),
-        lambda params: certify(params, problem, fit_bias=fit_bias, tol=tol),
-        centred(init, classes),
-        tol=tol,
-        max_iter=max_iter,
-    )
+    result = _optimum(fit_bias, solver, problem, centred(init, classes), tol, max_iter)
     weights, bias = centred(result.params, classes)
     poison = jnp.where(result.status == Status.DIVERGED, jnp.nan, 0).astype(dtype)
     params = Params(weights + poison, jnp.where(classes, bias, -jnp.inf) + poison)
-    return result._replace(params=params)
+    return result._replace(params=params, gap=result.gap + poison)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _optimum(
+    fit_bias: bool, solver: str, problem: Problem, init: Params, tol: Array, max_iter: Array
+) -> Fit:
+    if solver == "lbfgs":
+        return lbfgs(
+            lambda params: objective(params, problem, fit_bias=fit_bias),
+            lambda params: certify(params, problem, fit_bias=fit_bias, tol=tol),
+            init,
+            tol=tol,
+            max_iter=max_iter,
+        )
+    return newton_cg(problem, init, fit_bias=fit_bias, tol=tol, max_iter=max_iter)[0]
+
+
+@_optimum.defjvp
+def _optimum_jvp(fit_bias: bool, solver: str, primals: Any, tangents: Any) -> tuple[Fit, Fit]:
+    """At the optimum the gradient g is 0 whatever the problem: H dW = -dg, with dg at fixed W."""
+    problem = primals[0]
+    fit = _optimum(fit_bias, solver, *primals)
+
+    def at_fixed_params(problem: Problem) -> tuple[Array, Params]:
+        return value_and_gradient(fit.params, problem)
+
+    _, (change, gradient) = jax.jvp(at_fixed_params, (problem,), (tangents[0],))
+    right = jax.tree.map(jnp.negative, gradient)
+    nothing = jax.tree.map(lambda v: np.zeros(v.shape, jax.dtypes.float0), fit)
+    return fit, nothing._replace(
+        params=solve_hessian(fit.params, problem, right, fit_bias=fit_bias),
+        objective=change,
+        gap=jnp.zeros_like(fit.gap),
+        gradient_norm=jnp.zeros_like(fit.gradient_norm),
+    )

@@ -1,0 +1,50 @@
+"""Linear systems with the Hessian at given parameters: derivatives of an optimum, Newton steps."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxsoftmax import _coordinates, _preconditioner
+from jaxsoftmax._conjugate_gradient import Progress, conjugate_gradient
+from jaxsoftmax.objective import Params, Problem, curvature, in_blocks
+
+_STEPS = 1000
+
+
+def solve_hessian(params: Params, problem: Problem, right: Params, *, fit_bias: bool) -> Params:
+    """The solution V of H V = `right` with sum 0 over the present classes.
+
+    It is accurate to about the rounding of the dtype, and can be differentiated and transposed.
+    """
+    dtype = problem.share.dtype
+    examples, width = problem.features.shape
+    classes = params.bias.size
+    view = _coordinates.view(problem, centre=fit_bias)
+    # A column without spread has a derivative: that with respect to its entries.
+    view = view._replace(inverse=jnp.where(view.inverse > 0, view.inverse, 1))
+    fast = _coordinates.standard(view, dtype)
+    free = _coordinates.projection(problem, classes, fit_bias=fit_bias)
+    at = curvature(fast.params(view.table_of(params)), fast.problem)
+    ridge = jnp.append(jnp.broadcast_to(fast.problem.l2, width), 0 if fit_bias else 1)
+    plan = _preconditioner.plan(examples, width, classes, kept=not in_blocks(classes, problem))
+    if plan.groups == 0 or width > examples:
+        factor = _preconditioner.diagonal(jnp.mean(at.spread, 0, keepdims=True), ridge)
+    else:
+        spread = at.spread if plan.groups == classes else jnp.mean(at.spread, 0, keepdims=True)
+        factor = _preconditioner.factorise(fast.problem, spread, ridge, plan.rows)
+    factor = lax.stop_gradient(factor)
+
+    def product(table: Array) -> Array:
+        return free(fast.table(at.product(fast.params(free(table)))))
+
+    def precondition(residual: Array) -> Array:
+        return free(_preconditioner.apply(factor, free(residual)))
+
+    def proceed(cg: Progress, first: Array) -> Array:
+        accuracy = 10 * jnp.finfo(dtype).eps
+        return (cg.squared > accuracy**2 * first) & (cg.steps < _STEPS)
+
+    def solve(_: object, b: Array) -> Array:
+        return free(conjugate_gradient(product, precondition, b, proceed).x)
+
+    table = lax.custom_linear_solve(product, free(view.table(right)), solve, symmetric=True)
+    return view.params(table)
