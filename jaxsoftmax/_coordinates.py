@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jaxsoftmax.objective import Params, Problem, sum_over_rows
@@ -99,7 +100,7 @@ def view(problem: Problem, *, centre: bool) -> View:
     return View(problem, mean, jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0))
 
 
-def standard(of: View, dtype: jnp.dtype) -> View:
+def standard(of: View, dtype: DTypeLike) -> View:
     """The same problem with the table itself as parameters: a copy of the features in `dtype`.
 
     Each column has its own penalty there.

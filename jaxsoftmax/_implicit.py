@@ -30,7 +30,9 @@ def solve_hessian(params: Params, problem: Problem, right: Params, *, fit_bias: 
         factor = _preconditioner.diagonal(jnp.mean(at.spread, 0, keepdims=True), ridge)
     else:
         spread = at.spread if plan.groups == classes else jnp.mean(at.spread, 0, keepdims=True)
-        factor = _preconditioner.factorise(fast.problem, spread, ridge, plan.rows)
+        mean = _preconditioner.covariance(fast.problem)
+        alike = jnp.zeros((), bool)
+        factor = _preconditioner.factorise(fast.problem, spread, mean, ridge, plan.rows, alike)
     factor = lax.stop_gradient(factor)
 
     def product(table: Array) -> Array:

@@ -21,6 +21,7 @@ from jaxsoftmax.solvers import RUNNING, Fit, Status
 _FAST = jnp.float32  # the dtype of products with the Hessian and of the preconditioner
 _FORCING = 0.3  # the accuracy of a Newton step, far from the optimum
 _LEAST = 10  # steps of conjugate gradients that a preconditioner is kept for, though it is paid for
+_MOST = 500
 _HALVINGS = 30
 _POLISHES = 3  # steps of the bias alone before the end
 _IDLE = 2  # steps without progress after which it has stalled
@@ -140,25 +141,22 @@ def newton_cg(
 
     plan = _preconditioner.plan(examples, width, classes, kept=not in_blocks(classes, fast.problem))
 
-    def shared(at: Curvature) -> Array:
-        spread = jnp.mean(at.spread, 0, keepdims=True)
-        if plan.groups == 0:
-            return _preconditioner.diagonal(spread, ridge)
-        factor = _preconditioner.factorise(fast.problem, spread, ridge, examples)
-        return jnp.broadcast_to(factor, (plan.groups, *factor.shape[1:]))
-
-    def separate(at: Curvature) -> Array:
-        return _preconditioner.factorise(fast.problem, at.spread, ridge, plan.rows)
+    mean = _preconditioner.covariance(fast.problem) if plan.groups else None
 
     def preconditioner(state: State, at: Curvature, wanted: Array) -> State:
         """The classes are alike at first, so their first one is shared."""
         first = wanted & (state.owed < 0)
         due = wanted & (state.owed >= plan.price)
-        if plan.groups <= 1:
-            factor = _once(first | due, lambda _: shared(at), state.factor)
-        else:
-            factor = _once(first, lambda _: shared(at), state.factor)
-            factor = _once(due, lambda _: separate(at), factor)
+        spread = at.spread
+        if plan.groups != classes:
+            spread = jnp.mean(spread, 0, keepdims=True)
+
+        def make(_: Array) -> Array:
+            if mean is None:
+                return _preconditioner.diagonal(spread, ridge)
+            return _preconditioner.factorise(fast.problem, spread, mean, ridge, plan.rows, first)
+
+        factor = _once(first | due, make, state.factor)
         return state._replace(factor=factor, owed=jnp.where(first | due, 0, state.owed))
 
     def direction(state: State, at: Curvature, wanted: Array, polish: Array) -> Progress:
@@ -173,12 +171,15 @@ def newton_cg(
             return jnp.where(varied, free(preconditioned.astype(wide)), 0)
 
         forcing = jnp.clip(jnp.sqrt(state.drop), 1e-3, _FORCING)
+        # With a new preconditioner it goes on; an old one is replaced once that is paid for.
         most = jnp.maximum(plan.price - state.owed, _LEAST)
+        most = jnp.where(state.owed > 0, most, _MOST)
 
         def proceed(cg: Progress, first: Array) -> Array:
-            # Where the decrement is the certificate it is found well.
-            small = (polish | ~penalised) & (cg.decrement / 2 <= tol * value)
-            enough = cg.squared <= jnp.where(small, 1e-3, forcing) ** 2 * first
+            # Without a penalty the decrement is the certificate, and so is found well.
+            small = ~penalised & (cg.decrement / 2 <= tol * value)
+            accuracy = jnp.where(polish, 0.1, jnp.where(small, 1e-3, forcing))
+            enough = cg.squared <= accuracy**2 * first
             certified = penalised & ~polish & (weights_gap(cg.residual) <= tol / 2 * value)
             return wanted & ~enough & ~certified & (cg.steps < most)
 
@@ -208,13 +209,16 @@ def newton_cg(
         near = (point.weights_gap <= tol * point.value) & (state.polished < _POLISHES)
         polish = started & penalised & (near | ending)
 
+        # Every example then has a probability above 1/2: the minimum 0 is not attained.
+        separable = ~penalised & (point.value < separated)
+
         def judged(gap: Array, known: Array) -> Array:
             finite = jnp.isfinite(point.value) & jnp.all(jnp.isfinite(point.gradient))
             cases = [
                 (~started, RUNNING),
                 (~finite, Status.DIVERGED),
+                (separable & ((point.value <= tol) | ending), Status.SEPARABLE),
                 (gap <= tol * point.value, Status.CONVERGED),
-                (~penalised & (point.value < separated), Status.SEPARABLE),
                 (known & (state.iterations >= max_iter), Status.MAX_ITER),
                 (known & ending, Status.STALLED),
             ]
@@ -231,6 +235,7 @@ def newton_cg(
         decrement = jnp.where(cg.broken, jnp.inf, cg.decrement / 2)
         settled = (decrement <= 1e-3 * tol * point.value) | (state.polished + 1 >= _POLISHES)
         gap = jnp.where(penalised, point.weights_gap, 0) + decrement
+        gap = jnp.where(separable, point.value, gap)
         known = ~penalised | polish & settled
         status = judged(jnp.where(known, gap, jnp.inf), known)
         running = status == RUNNING
@@ -242,7 +247,7 @@ def newton_cg(
         progress = (new.value < point.value * (1 - slack)) | (
             penalised & (new.weights_gap < point.weights_gap / 2)
         )
-        idle = jnp.where(progress | ~started, 0, state.idle + ~polish)
+        idle = jnp.where(progress | ~started, 0, jnp.where(polish, state.idle, state.idle + 1))
         switch = (idle >= _IDLE) & ~state.exact & (exact is not fast)
         return State(
             at=new,
@@ -253,7 +258,7 @@ def newton_cg(
             drop=jnp.where(started & ~polish, cg.decrement / point.value, state.drop),
             idle=jnp.where(switch, 0, idle),
             polished=jnp.where(polish, state.polished + 1, 0),
-            iterations=state.iterations + (running & ~polish),
+            iterations=jnp.where(running & ~polish, state.iterations + 1, state.iterations),
             products=state.products + cg.steps + tries,
             status=status,
         )

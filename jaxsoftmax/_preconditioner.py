@@ -27,7 +27,7 @@ class Plan(NamedTuple):
 
     groups: int
     rows: int
-    price: float
+    price: int
 
 
 def plan(examples: int, width: int, classes: int, *, kept: bool) -> Plan:
@@ -47,35 +47,45 @@ def plan(examples: int, width: int, classes: int, *, kept: bool) -> Plan:
     groups = classes if kept and classes > 2 else 1
     if groups * size > budget:
         groups = 1 if size <= budget else 0
-    rows = examples if groups <= 1 else min(examples, max(examples // classes, width))
-    price = 10 + groups / classes * width * (rows + width) / (4 * examples)
+    rows = min(examples, max(examples // max(groups, 2), width))
+    price = 10 + groups * width * (rows + width) // (4 * classes * examples)
     return Plan(groups, rows, price)
 
 
-def factorise(problem: Problem, spread: Array, ridge: Array, rows: int) -> Array:
+def covariance(problem: Problem) -> Array:
+    """The mean of [x, 1] [x, 1]^T over the examples."""
+    size = max(4096, 2 * problem.features.shape[1])
+    return sum_over_rows(lambda rows: _product(rows.features, rows.share), problem, size)
+
+
+def factorise(
+    problem: Problem, spread: Array, mean: Array, ridge: Array, rows: int, alike: Array
+) -> Array:
     """Inverse Cholesky factors (groups, features + 1, features + 1) of the blocks.
+
+    The examples that are left out count as if they were like the mean of all.
 
     Args:
       problem: with standard columns.
       spread: (groups, examples), the weights of x_i x_i^T.
+      mean: what `covariance` gives.
       ridge: (features + 1,), what is added to the diagonals.
       rows: how many examples to use for each.
+      alike: whether to make one factor for all groups, of the mean alone.
     """
-    examples = problem.features.shape[0]
+    groups = spread.shape[0]
+    spread = jnp.where(alike, jnp.mean(spread, 0), spread)
 
-    def block(weight: Array) -> Array:
-        if rows < examples:
-            top, index = lax.top_k(weight, rows)
-            found = _product(problem.features[index], top)
-            return found * (jnp.sum(weight) / jnp.maximum(jnp.sum(top), _tiny(top)))
-        return sum_over_rows(
-            lambda part: _product(part.features, part.share),
-            problem._replace(share=weight),
-            max(4096, 2 * problem.features.shape[1]),
-        )
+    def put(group: Array, factors: Array) -> Array:
+        top, index = lax.top_k(spread[group], rows)
+        top = jnp.where(alike, 0, top)
+        left = jnp.maximum(jnp.sum(spread[group]) - jnp.sum(top), 0)
+        block = _product(problem.features[index], top) + left * mean
+        return factors.at[group].set(_inverse_factor(block, ridge))
 
-    blocks = lax.map(block, spread)
-    return lax.map(lambda block: _inverse_factor(block, ridge), blocks)
+    zeros = jnp.zeros((groups, *mean.shape), mean.dtype)
+    factors = lax.fori_loop(0, jnp.where(alike, 1, groups), put, zeros)
+    return jnp.where(alike, factors[0], factors)
 
 
 def diagonal(spread: Array, ridge: Array) -> Array:

@@ -9,7 +9,8 @@ from sklearn._loss import HalfMultinomialLoss
 from sklearn.linear_model._linear_loss import LinearModelLoss
 
 from jaxsoftmax import Params, linear_logits
-from jaxsoftmax.objective import Problem, centred, certify, make_problem, objective, present_classes
+from jaxsoftmax.certificate import certify
+from jaxsoftmax.objective import Problem, centred, make_problem, objective, present_classes
 from tests.helpers import WIDE, eps, in_double
 
 EXAMPLES, WIDTH, CLASSES, L2 = 30, 4, 3, 0.05

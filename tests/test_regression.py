@@ -422,7 +422,11 @@ def test_scan_over_penalties_with_warm_starts() -> None:
             TypeError,
             "init must be a Params, got a tuple",
         ),
-        ({"solver": "sgd"}, ValueError, "solver must be one of 'auto', 'lbfgs', got 'sgd'"),
+        (
+            {"solver": "sgd"},
+            ValueError,
+            "solver must be one of 'auto', 'newton_cg', 'lbfgs', got 'sgd'",
+        ),
         ({"fit_bias": 1}, TypeError, "fit_bias must be True or False, got 1"),
         ({"tol": 0.0}, ValueError, "tol must be above 0, got 0.0"),
         ({"max_iter": -1}, ValueError, "max_iter must be at least 0, got -1"),
