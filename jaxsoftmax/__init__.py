@@ -30,7 +30,7 @@ from jaxsoftmax.functional import (
 from jaxsoftmax.linear import linear_cross_entropy, linear_logsumexp
 from jaxsoftmax.losses import cross_entropy
 from jaxsoftmax.objective import Params, linear_logits
-from jaxsoftmax.regression import fit
+from jaxsoftmax.regression import diverging_weights, fit
 from jaxsoftmax.solvers import Fit, Status
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Params",
     "Status",
     "cross_entropy",
+    "diverging_weights",
     "entropy",
     "fit",
     "kl_divergence",

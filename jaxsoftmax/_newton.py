@@ -8,6 +8,7 @@ from jax import Array, lax
 
 from jaxsoftmax import _coordinates, _preconditioner
 from jaxsoftmax._conjugate_gradient import Progress, conjugate_gradient
+from jaxsoftmax.certificate import separates
 from jaxsoftmax.objective import (
     Curvature,
     Params,
@@ -114,7 +115,6 @@ def newton_cg(
     penalised = l2[0] > 0
     duality = 1 / jnp.where(penalised, 2 * l2, 1)
     ridge = jnp.append(l2, 0 if fit_bias else 1).astype(_FAST)
-    separated = jnp.log(2) * jnp.min(jnp.where(problem.share > 0, problem.share, jnp.inf))
 
     free = _coordinates.projection(problem, classes, fit_bias=fit_bias)
 
@@ -209,8 +209,7 @@ def newton_cg(
         near = (point.weights_gap <= tol * point.value) & (state.polished < _POLISHES)
         polish = started & penalised & (near | ending)
 
-        # Every example then has a probability above 1/2: the minimum 0 is not attained.
-        separable = ~penalised & (point.value < separated)
+        separable = separates(point.value, problem)
 
         def judged(gap: Array, known: Array) -> Array:
             finite = jnp.isfinite(point.value) & jnp.all(jnp.isfinite(point.gradient))

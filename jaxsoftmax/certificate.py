@@ -37,6 +37,16 @@ def weights_gap(gradient: Params, problem: Problem) -> Float[Array, ""]:
     return jnp.where(jnp.any(penalised), gap, jnp.inf)
 
 
+def separates(value: Float[Array, ""], problem: Problem) -> Bool[Array, ""]:
+    """Whether an unpenalised objective of this value proves that the classes are separable.
+
+    Below log 2 times the least share every example has a probability above 1/2: a multiple of the
+    parameters brings the objective as near to 0 as one likes, and no finite ones attain it.
+    """
+    least = jnp.min(jnp.where(problem.share > 0, problem.share, jnp.inf))
+    return ~jnp.any(problem.l2 > 0) & (value < jnp.log(2) * least)
+
+
 def certify(
     params: Params, problem: Problem, *, fit_bias: bool, tol: Float[Array, ""]
 ) -> Certificate:
@@ -102,7 +112,10 @@ def bias_step(
     regular = hessian + scale + jnp.diag(jnp.where(classes, 0, scale))
     step = -jax.scipy.linalg.solve(regular, gradient.astype(hessian.dtype), assume_a="pos")
     step = step.astype(gradient.dtype)
-    return step, -jnp.sum(gradient * step) / 2
+    decrement = -jnp.sum(gradient * step) / 2
+    # Where rounding left no positive definite matrix, nothing is known.
+    known = jnp.isfinite(decrement)
+    return jnp.where(known, step, 0), jnp.where(known, decrement, jnp.inf)
 
 
 class _BiasSearch(NamedTuple):
@@ -121,7 +134,7 @@ def _with_optimal_bias(params: Params, problem: Problem) -> Certificate:
         hessian = curvature(params, problem).bias()
         step, decrement = bias_step(hessian, gradient.bias, problem.classes)
         found = Certificate(params, value, gradient, decrement)
-        return _BiasSearch(found, step, decrement > eps * value, steps)
+        return _BiasSearch(found, step, jnp.array(True), steps)
 
     def advance(old: _BiasSearch) -> _BiasSearch:
         bias = old.at.params.bias + old.step
@@ -129,8 +142,9 @@ def _with_optimal_bias(params: Params, problem: Problem) -> Certificate:
         improved = (new.at.gap < old.at.gap) & (
             new.at.objective <= old.at.objective * (1 + 8 * eps)
         )
-        kept = jax.tree.map(lambda new, old: jnp.where(improved, new, old), new, old)
-        return kept._replace(improved=improved & new.improved, steps=new.steps)
+        first = old.steps == 0  # without a step yet
+        kept = jax.tree.map(lambda new, old: jnp.where(improved | first, new, old), new, old)
+        return kept._replace(improved=improved, steps=new.steps)
 
     # The decrement falls quadratically until rounding ends it; so does, far away, a failed step.
     # Separable data have no optimum: there the steps would go on until the loss underflows.
