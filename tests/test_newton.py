@@ -1,0 +1,176 @@
+"""The parts of the Newton solver, each beside a dense computation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsoftmax import Params, _coordinates, _preconditioner
+from jaxsoftmax import objective as objective_module
+from jaxsoftmax._conjugate_gradient import Progress, conjugate_gradient
+from jaxsoftmax._implicit import solve_hessian
+from jaxsoftmax._newton import newton_cg
+from jaxsoftmax.objective import Problem, curvature, make_problem, objective, value_and_gradient
+from jaxsoftmax.solvers import Status
+from tests.helpers import WIDE, eps
+
+EXAMPLES, WIDTH, CLASSES, L2 = 30, 4, 3, 0.05
+
+
+def problem(l2: float = L2, **kwargs: jax.Array) -> Problem:
+    rng = np.random.default_rng(0)
+    return make_problem(
+        jnp.asarray(rng.normal(size=(EXAMPLES, WIDTH)) + 0.5, WIDE),
+        jnp.asarray(rng.integers(0, CLASSES, EXAMPLES)),
+        l2=jnp.asarray(l2, WIDE),
+        sample_weight=jnp.asarray(rng.uniform(size=EXAMPLES), WIDE),
+        offset=jnp.asarray(rng.normal(size=(EXAMPLES, CLASSES)), WIDE),
+        **kwargs,
+    )
+
+
+def params(seed: int = 1) -> Params:
+    rng = np.random.default_rng(seed)
+    return Params(
+        jnp.asarray(rng.normal(size=(CLASSES, WIDTH)), WIDE),
+        jnp.asarray(rng.normal(size=CLASSES), WIDE),
+    )
+
+
+def close(actual: jax.Array, expected: jax.Array, scale: float = 100) -> None:
+    np.testing.assert_allclose(actual, expected, scale * eps(WIDE), scale * eps(WIDE))
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "in blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 7 rows, which do not divide the 30."""
+    if request.param:
+        monkeypatch.setattr(objective_module, "_LOGITS", 4 * 7 * CLASSES)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_value_and_gradient_are_those_of_the_objective() -> None:
+    value, gradient = value_and_gradient(params(), problem())
+    expected = jax.value_and_grad(objective)(params(), problem())
+    close(value, expected[0])
+    jax.tree.map(close, gradient, expected[1])
+
+
+@pytest.mark.usefixtures("blocks")
+def test_the_product_is_that_of_the_dense_hessian() -> None:
+    at, v = params(), params(2)
+    _, expected = jax.jvp(jax.grad(lambda at: objective(at, problem())), (at,), (v,))
+    jax.tree.map(close, curvature(at, problem()).product(v), expected)
+    hessian = jax.hessian(lambda bias: objective(at._replace(bias=bias), problem()))(at.bias)
+    close(curvature(at, problem()).bias(), hessian)
+
+
+def test_blocks_of_rows_have_the_mean_spread_of_the_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = curvature(params(), problem()).spread
+    monkeypatch.setattr(objective_module, "_LOGITS", 4 * 7 * CLASSES)
+    parts = curvature(params(), problem()).spread
+    assert whole.shape == (CLASSES, EXAMPLES)
+    close(parts, whole.mean(0, keepdims=True))
+
+
+def test_coordinates_have_mean_zero_and_size_one_and_give_the_same_objective() -> None:
+    far = problem()._replace(features=problem().features * jnp.array([1e-3, 1, 1, 1e3]) + 2)
+    view = _coordinates.view(far, centre=True)
+    fast = _coordinates.standard(view, WIDE)
+    close(far.share @ fast.problem.features, jnp.zeros(WIDTH), 1e4)
+    close(far.share @ jnp.abs(fast.problem.features), jnp.ones(WIDTH), 1e4)
+    table = jnp.concatenate([params().weights, params().bias[:, None]], 1)
+    close(view.table_of(view.params(table)), table, 1e5)
+    here, there = (objective(v.params(table), v.problem) for v in (view, fast))
+    np.testing.assert_allclose(here, there, 1e-3 if jnp.float32 == WIDE else 1e-10)
+    gradient = jax.grad(lambda table: objective(view.params(table), far))(table)
+    close(view.table(jax.grad(objective)(view.params(table), far)), gradient, 1e4)
+    close(view.table(view.gradient(table)), table, 1e6)
+
+
+def test_a_constant_column_has_no_spread_whatever_its_size() -> None:
+    features = problem().features.at[:, 1].set(1e6 / 3)
+    view = _coordinates.view(problem()._replace(features=features), centre=True)
+    np.testing.assert_array_equal(view.inverse > 0, [True, False, True, True])
+    assert not _coordinates.standard(view, WIDE).problem.features[:, 1].any()
+
+
+def test_factors_of_all_rows_are_those_of_the_blocks_of_the_hessian() -> None:
+    data, at = problem(), params()
+    ridge = jnp.append(jnp.full(WIDTH, L2, WIDE), 0)
+    mean = _preconditioner.covariance(data)
+    spread = curvature(at, data).spread
+    factors = _preconditioner.factorise(data, spread, mean, ridge, EXAMPLES, jnp.array(False))
+    x = jnp.concatenate([data.features, jnp.ones((EXAMPLES, 1), WIDE)], 1)
+    v = jnp.arange(CLASSES * (WIDTH + 1.0), dtype=WIDE).reshape(CLASSES, WIDTH + 1)
+    applied = _preconditioner.apply(factors, v)
+    for k in range(CLASSES):
+        block = (x.T * spread[k]) @ x + jnp.diag(ridge)
+        np.testing.assert_allclose(block @ applied[k], v[k], 1e-3, 1e-3)
+
+
+def test_rows_that_a_factor_leaves_out_count_as_the_mean_row() -> None:
+    data = problem()
+    ridge = jnp.append(jnp.full(WIDTH, L2, WIDE), 0)
+    spread = jnp.where(jnp.arange(EXAMPLES) < 6, 1.0, 0.1).astype(WIDE)[None]
+    mean = _preconditioner.covariance(data)
+    factor = _preconditioner.factorise(data, spread, mean, ridge, 6, jnp.array(False))[0]
+    x = jnp.concatenate([data.features, jnp.ones((EXAMPLES, 1), WIDE)], 1)
+    block = x[:6].T @ x[:6] + 2.4 * (x.T * data.share) @ x + jnp.diag(ridge)
+    np.testing.assert_allclose(factor @ block @ factor.T, np.eye(WIDTH + 1), atol=1e-3)
+
+
+@pytest.mark.usefixtures("no_debug_nans")
+def test_a_block_that_can_not_be_factorised_leaves_its_diagonal() -> None:
+    block = jnp.array([[4.0, 100.0], [100.0, 9.0]], WIDE)
+    factor = _preconditioner._inverse_factor(block, jnp.zeros(2, WIDE))
+    np.testing.assert_allclose(factor, np.diag([1 / 2, 1 / 3]))
+
+
+def test_the_plan_has_no_factors_above_its_bytes() -> None:
+    plan = _preconditioner.plan
+    assert plan(10000, 784, 10, kept=True).groups == 10
+    assert plan(10000, 784, 2, kept=True).groups == 1
+    assert plan(10000, 784, 1000, kept=True).groups == 1
+    assert plan(10000, 784, 10, kept=False).groups == 1
+    assert plan(10000, 9000, 10, kept=True).groups == 0
+
+
+def test_conjugate_gradients_solve_a_system_and_its_decrement() -> None:
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(6, 6))
+    matrix, b = jnp.asarray(root @ root.T + np.eye(6), WIDE), jnp.asarray(rng.normal(size=6), WIDE)
+
+    def proceed(at: Progress, start: jax.Array) -> jax.Array:
+        return (at.squared > eps(WIDE) ** 2 * start) & (at.steps < 20)
+
+    found = conjugate_gradient(lambda v: matrix @ v, lambda v: v / jnp.diag(matrix), b, proceed)
+    expected = jnp.linalg.solve(matrix, b)
+    close(found.x, expected, 1e4)
+    close(found.decrement, b @ expected, 1e4)
+    broken = conjugate_gradient(lambda v: -v, lambda v: v, b, proceed)
+    assert broken.broken
+    assert not broken.x.any()
+
+
+@pytest.mark.parametrize("fit_bias", [True, False])
+def test_the_hessian_is_solved_for(fit_bias: bool) -> None:
+    data, at = problem(), params()
+    wanted = params(3)
+    wanted = Params(*(value - value.mean(0) for value in wanted))
+    if not fit_bias:
+        wanted = wanted._replace(bias=jnp.zeros_like(wanted.bias))
+    right = curvature(at, data).product(wanted)
+    found = solve_hessian(at, data, right, fit_bias=fit_bias)
+    jax.tree.map(lambda a, b: close(a, b, 1e4), found, wanted)
+
+
+def test_a_fit_takes_few_products_and_counts_them() -> None:
+    init = Params(jnp.zeros((CLASSES, WIDTH), WIDE), jnp.zeros(CLASSES, WIDE))
+    fit, products = newton_cg(
+        problem(), init, fit_bias=True, tol=jnp.asarray(1e-6, WIDE), max_iter=jnp.asarray(50)
+    )
+    assert fit.status == Status.CONVERGED
+    assert fit.iterations < products < 60
