@@ -83,21 +83,22 @@ def view(problem: Problem, *, centre: bool) -> View:
     dtype = problem.share.dtype
     width = problem.features.shape[1]
     size = max(_BLOCK // width, 1)
-    mean = jnp.zeros(width, dtype)
+    first = shift = jnp.zeros(width, dtype)
     if centre:
-        # From one example on, so that a constant column has that mean exactly.
-        first = problem.features[jnp.argmax(problem.share)].astype(dtype)
-
-        def shift(rows: Problem) -> Array:
-            return rows.share @ (rows.features.astype(dtype) - first)
-
-        mean = first + sum_over_rows(shift, problem, size)
+        # From one example on, so that the mean of a constant column is exact.
+        first = problem.features[0].astype(dtype)
+        shift = sum_over_rows(
+            lambda rows: rows.share @ (rows.features.astype(dtype) - first), problem, size
+        )
+    mean = first + shift
 
     def deviation(rows: Problem) -> Array:
         return rows.share @ jnp.abs(rows.features.astype(dtype) - mean)
 
     scale = sum_over_rows(deviation, problem, size)
-    return View(problem, mean, jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0))
+    # Less is what rounding makes of a column that is constant but for dropped examples.
+    spread = scale > 32 * jnp.finfo(dtype).eps * jnp.abs(shift)
+    return View(problem, mean, jnp.where(spread, 1 / jnp.where(spread, scale, 1), 0))
 
 
 def standard(of: View, dtype: DTypeLike) -> View:
