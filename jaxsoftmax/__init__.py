@@ -7,10 +7,11 @@ The modules, each built on those before it:
 * `losses`: `cross_entropy`.
 * `linear`: `linear_cross_entropy` and `linear_logsumexp`, the loss of a linear layer without its
   logits.
-* `objective`: the model (`Params`, `linear_logits`), its regularised loss, and the bound on the
-  distance from the optimum.
-* `solvers`: algorithms on an objective, and their common result (`Fit`, `Status`).
-* `regression`: `fit`, the full-batch softmax regression.
+* `objective`: the model (`Params`, `linear_logits`), its regularised loss, gradient and Hessian.
+* `certificate`: the bound on the distance from the optimum.
+* `solvers`: the common result of all solvers (`Fit`, `Status`), and L-BFGS.
+* `regression`: `fit`, the full-batch softmax regression by Newton's method, and
+  `diverging_weights`.
 * `training`: the minibatch trainer for any optax optimiser, used as `from jaxsoftmax import
   training`.
 

@@ -1,4 +1,4 @@
-"""Time of `fit` to a given distance from the optimum, beside scikit-learn's solvers and torch's LBFGS.
+"""Time of `fit` to a given distance from the optimum, beside scikit-learn and torch.
 
     python -m tests.benchmarks.fit [--data DIR] [--only NAME ...] [--picture FILE] [--limit 20]
 
