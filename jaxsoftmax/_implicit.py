@@ -31,8 +31,7 @@ def solve_hessian(params: Params, problem: Problem, right: Params, *, fit_bias: 
     else:
         spread = at.spread if plan.groups == classes else jnp.mean(at.spread, 0, keepdims=True)
         mean = _preconditioner.covariance(fast.problem)
-        alike = jnp.zeros((), bool)
-        factor = _preconditioner.factorise(fast.problem, spread, mean, ridge, plan.rows, alike)
+        factor = _preconditioner.factorise(fast.problem, spread, mean, ridge, plan.rows)
     factor = lax.stop_gradient(factor)
 
     def product(table: Array) -> Array:

@@ -151,10 +151,12 @@ def newton_cg(
         if plan.groups != classes:
             spread = jnp.mean(spread, 0, keepdims=True)
 
-        def make(_: Array) -> Array:
+        def make(old: Array) -> Array:
             if mean is None:
                 return _preconditioner.diagonal(spread, ridge)
-            return _preconditioner.factorise(fast.problem, spread, mean, ridge, plan.rows, first)
+            return _preconditioner.factorise(
+                fast.problem, spread, mean, ridge, plan.rows, alike=first, old=old
+            )
 
         factor = _once(first | due, make, state.factor)
         return state._replace(factor=factor, owed=jnp.where(first | due, 0, state.owed))

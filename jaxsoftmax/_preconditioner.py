@@ -59,7 +59,14 @@ def covariance(problem: Problem) -> Array:
 
 
 def factorise(
-    problem: Problem, spread: Array, mean: Array, ridge: Array, rows: int, alike: Array
+    problem: Problem,
+    spread: Array,
+    mean: Array,
+    ridge: Array,
+    rows: int,
+    *,
+    alike: Array | bool = False,
+    old: Array | None = None,
 ) -> Array:
     """Inverse Cholesky factors (groups, features + 1, features + 1) of the blocks.
 
@@ -72,6 +79,7 @@ def factorise(
       ridge: (features + 1,), what is added to the diagonals.
       rows: how many examples to use for each.
       alike: whether to make one factor for all groups, of the mean alone.
+      old: factors whose memory is reused.
     """
     groups = spread.shape[0]
     spread = jnp.where(alike, jnp.mean(spread, 0), spread)
@@ -83,9 +91,12 @@ def factorise(
         block = _product(problem.features[index], top) + left * mean
         return factors.at[group].set(_inverse_factor(block, ridge))
 
-    zeros = jnp.zeros((groups, *mean.shape), mean.dtype)
-    factors = lax.fori_loop(0, jnp.where(alike, 1, groups), put, zeros)
-    return jnp.where(alike, factors[0], factors)
+    def repeat(group: Array, factors: Array) -> Array:
+        return factors.at[group].set(factors[0])
+
+    factors = jnp.zeros((groups, *mean.shape), mean.dtype) if old is None else old
+    factors = lax.fori_loop(0, jnp.where(alike, 1, groups), put, factors)
+    return lax.fori_loop(1, jnp.where(alike, groups, 1), repeat, factors)
 
 
 def diagonal(spread: Array, ridge: Array) -> Array:

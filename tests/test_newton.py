@@ -102,7 +102,7 @@ def test_factors_of_all_rows_are_those_of_the_blocks_of_the_hessian() -> None:
     ridge = jnp.append(jnp.full(WIDTH, L2, WIDE), 0)
     mean = _preconditioner.covariance(data)
     spread = curvature(at, data).spread
-    factors = _preconditioner.factorise(data, spread, mean, ridge, EXAMPLES, jnp.array(False))
+    factors = _preconditioner.factorise(data, spread, mean, ridge, EXAMPLES)
     x = jnp.concatenate([data.features, jnp.ones((EXAMPLES, 1), WIDE)], 1)
     v = jnp.arange(CLASSES * (WIDTH + 1.0), dtype=WIDE).reshape(CLASSES, WIDTH + 1)
     applied = _preconditioner.apply(factors, v)
@@ -116,7 +116,7 @@ def test_rows_that_a_factor_leaves_out_count_as_the_mean_row() -> None:
     ridge = jnp.append(jnp.full(WIDTH, L2, WIDE), 0)
     spread = jnp.where(jnp.arange(EXAMPLES) < 6, 1.0, 0.1).astype(WIDE)[None]
     mean = _preconditioner.covariance(data)
-    factor = _preconditioner.factorise(data, spread, mean, ridge, 6, jnp.array(False))[0]
+    factor = _preconditioner.factorise(data, spread, mean, ridge, 6)[0]
     x = jnp.concatenate([data.features, jnp.ones((EXAMPLES, 1), WIDE)], 1)
     block = x[:6].T @ x[:6] + 2.4 * (x.T * data.share) @ x + jnp.diag(ridge)
     np.testing.assert_allclose(factor @ block @ factor.T, np.eye(WIDTH + 1), atol=1e-3)
