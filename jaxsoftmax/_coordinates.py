@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from jaxsoftmax.objective import Params, Problem, sum_over_rows
+from jaxsoftmax.objective import Params, Problem, sum_over_rows, sum_zero
 
 _BLOCK = 2**20  # entries of features: 4 MiB in float32
 
@@ -27,6 +27,11 @@ class View(NamedTuple):
     mean: Float[Array, " features"]
     inverse: Float[Array, " features"]
 
+    @property
+    def scale(self) -> Array:
+        spread = self.inverse > 0
+        return jnp.where(spread, 1 / jnp.where(spread, self.inverse, 1), 0)
+
     def params(self, table: Array) -> Params:
         weights = table[:, :-1] * self.inverse
         return Params(weights, table[:, -1] - weights @ self.mean)
@@ -38,17 +43,13 @@ class View(NamedTuple):
 
     def table_of(self, params: Params) -> Array:
         """The table that gives `params`, but for columns without spread."""
-        spread = self.inverse > 0
-        weights = params.weights * jnp.where(spread, 1 / jnp.where(spread, self.inverse, 1), 0)
         bias = params.bias + params.weights @ self.mean
-        return jnp.concatenate([weights, bias[:, None]], 1)
+        return jnp.concatenate([params.weights * self.scale, bias[:, None]], 1)
 
     def gradient(self, table: Array) -> Params:
         """The inverse of `table`, but for columns without spread, which get what the bias has."""
-        spread = self.inverse > 0
-        scale = jnp.where(spread, 1 / jnp.where(spread, self.inverse, 1), 0)
         bias = table[:, -1]
-        return Params(table[:, :-1] * scale + jnp.outer(bias, self.mean), bias)
+        return Params(table[:, :-1] * self.scale + jnp.outer(bias, self.mean), bias)
 
 
 class RowSpace(NamedTuple):
@@ -127,11 +128,9 @@ def projection(problem: Problem, classes: int, *, fit_bias: bool) -> Callable[[A
     Adding one vector to all classes changes no probability, and 0 over absent classes is theirs.
     """
     present = jnp.ones(classes, bool) if problem.classes is None else problem.classes
-    count = jnp.sum(present).astype(problem.share.dtype)
-    varies = jnp.append(jnp.ones(problem.features.shape[1], bool), fit_bias)
-    mask = present[:, None] & varies
 
     def project(table: Array) -> Array:
-        return jnp.where(mask, table - jnp.sum(table, 0, where=mask) / count, 0)
+        table = sum_zero(table, present)
+        return table if fit_bias else table.at[:, -1].set(0)
 
     return project

@@ -6,9 +6,8 @@ from typing import NamedTuple, TypeVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax import _coordinates, _preconditioner
+from jaxsoftmax import _coordinates, _preconditioner, certificate
 from jaxsoftmax._conjugate_gradient import Progress, conjugate_gradient
-from jaxsoftmax.certificate import separates
 from jaxsoftmax.objective import (
     Curvature,
     Params,
@@ -46,7 +45,7 @@ class State(NamedTuple):
       factor: the preconditioner.
       owed: products since it was made, -1 before there is one.
       exact: whether products are computed in the dtype of the problem.
-      drop: half the squared decrement of the last step, relative to the objective.
+      drop: the squared decrement of the last step, relative to the objective.
       idle: steps in a row without progress.
       polished: steps of the bias alone, in a row.
       iterations: Newton steps, -1 before the first point is evaluated.
@@ -113,13 +112,14 @@ def newton_cg(
 
     l2 = jnp.broadcast_to(fast.problem.l2.astype(wide), width)
     penalised = l2[0] > 0
-    duality = 1 / jnp.where(penalised, 2 * l2, 1)
     ridge = jnp.append(l2, 0 if fit_bias else 1).astype(_FAST)
 
     free = _coordinates.projection(problem, classes, fit_bias=fit_bias)
 
+    standard = fast.problem._replace(l2=l2)
+
     def weights_gap(gradient: Array) -> Array:
-        return jnp.sum(gradient[:, :-1] ** 2 * duality)
+        return certificate.weights_gap(Params(gradient[:, :-1], gradient[:, -1]), standard)
 
     def evaluate(table: Array) -> Point:
         value, slope = value_and_gradient(exact.params(table), exact.problem)
@@ -211,7 +211,7 @@ def newton_cg(
         near = (point.weights_gap <= tol * point.value) & (state.polished < _POLISHES)
         polish = started & penalised & (near | ending)
 
-        separable = separates(point.value, problem)
+        separable = certificate.separates(point.value, problem)
 
         def judged(gap: Array, known: Array) -> Array:
             finite = jnp.isfinite(point.value) & jnp.all(jnp.isfinite(point.gradient))

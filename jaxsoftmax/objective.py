@@ -183,7 +183,7 @@ def curvature(params: Params, problem: Problem) -> Curvature:
     def weighted(rows: Problem, change: Callable[[Array], Array], v: Params) -> Params:
         dz = _linear(v, rows.features)
         u = rows.share * change(dz)
-        return Params(u @ rows.features, jnp.sum(u, 1))
+        return Params(u @ rows.features.astype(u.dtype), jnp.sum(u, 1))
 
     def with_penalty(data_term: Params, v: Params) -> Params:
         return data_term._replace(weights=data_term.weights + problem.l2 * v.weights)
@@ -315,10 +315,11 @@ def centred(params: Params, classes: Bool[Array, " classes"]) -> Params:
 
     It has the same probabilities, and of all such it has the least norm.
     """
-    count = jnp.sum(classes).astype(params.bias.dtype)
+    return Params(*(sum_zero(value, classes) for value in params))
 
-    def centre(value: Array) -> Array:
-        mask = classes.reshape(-1, *[1] * (value.ndim - 1))
-        return jnp.where(mask, value - jnp.sum(jnp.where(mask, value, 0), 0) / count, 0)
 
-    return Params(*map(centre, params))
+def sum_zero(value: Array, classes: Bool[Array, " classes"]) -> Array:
+    """`value` (classes, ...) less its mean over the present classes; 0 for the absent ones."""
+    mask = classes.reshape(-1, *[1] * (value.ndim - 1))
+    count = jnp.sum(classes).astype(value.dtype)
+    return jnp.where(mask, value - jnp.sum(jnp.where(mask, value, 0), 0) / count, 0)

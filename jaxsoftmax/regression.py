@@ -238,7 +238,8 @@ def diverging_weights(
       diverge. `.weights.any(0)` names the columns and `.weights.any(1)` the classes.
 
     Raises:
-      TypeError: an array is not real, or `labels` is boolean or floating without a class axis.
+      TypeError: `params` is no `Params`, an array is not real, or `labels` is boolean or floating
+        without a class axis.
       ValueError: a shape does not fit.
 
     Example:
@@ -256,6 +257,8 @@ def diverging_weights(
       Albert, Anderson (1984), On the existence of maximum likelihood estimates in logistic
       regression models.
     """
+    if not isinstance(params, Params):
+        raise TypeError(f"params must be a Params, got a {type(params).__name__}")
     num_classes, width = params.weights.shape
     features, labels = _checks.examples(features, labels, num_classes, width)
     dtype = params.weights.dtype

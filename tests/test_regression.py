@@ -571,6 +571,27 @@ def test_scan_over_penalties_with_warm_starts() -> None:
 
 
 @pytest.mark.single
+@pytest.mark.parametrize("solver", ["newton_cg", "lbfgs"])
+def test_each_solver_takes_features_of_low_precision(solver: str) -> None:
+    features, labels = data()
+    rounded = features.astype(jnp.bfloat16)
+    for l2 in (0.0, L2):
+        low = small_fit(rounded, labels, solver=solver, l2=l2, tol=1e-5)
+        high = small_fit(rounded.astype(WIDE), labels, solver=solver, l2=l2, tol=1e-5)
+        assert low.params.weights.dtype == jnp.float32
+        np.testing.assert_allclose(low.objective, high.objective, rtol=1e-4)
+
+
+@pytest.mark.single
+@pytest.mark.usefixtures("no_jaxtyping")
+def test_a_fit_in_place_of_its_parameters_is_named() -> None:
+    features, labels = data()
+    result: Any = small_fit(features, labels)
+    with pytest.raises(TypeError, match="params must be a Params, got a Fit"):
+        diverging_weights(result, features, labels)
+
+
+@pytest.mark.single
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
