@@ -44,7 +44,9 @@ def separates(value: Float[Array, ""], problem: Problem) -> Bool[Array, ""]:
     parameters brings the objective as near to 0 as one likes, and no finite ones attain it.
     """
     least = jnp.min(jnp.where(problem.share > 0, problem.share, jnp.inf))
-    return ~jnp.any(problem.l2 > 0) & (value < jnp.log(2) * least)
+    # Of a single present class the probability is 1 whatever the parameters.
+    several = True if problem.classes is None else jnp.sum(problem.classes) > 1
+    return several & ~jnp.any(problem.l2 > 0) & (value < jnp.log(2) * least)
 
 
 def certify(

@@ -383,6 +383,16 @@ def test_two_classes_equal_the_binary_model_of_twice_the_penalty() -> None:
     close(result.params.weights[1] - result.params.weights[0], peer.coef_[0])
 
 
+@pytest.mark.parametrize("l2", [0.0, L2])
+def test_a_single_present_class_is_certain(l2: float) -> None:
+    features, labels = data()
+    result = small_fit(features, jnp.zeros_like(labels), l2=l2)
+    assert status(result) == Status.CONVERGED
+    assert result.objective == 0
+    probabilities = softmax(linear_logits(result.params, features))
+    np.testing.assert_array_equal(probabilities[:, 0], 1)
+
+
 @in_double
 @pytest.mark.parametrize("argument", ["l2", "sample_weight", "features", "offset"])
 @pytest.mark.parametrize("fit_bias", [True, False])
