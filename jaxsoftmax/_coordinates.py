@@ -52,6 +52,18 @@ class View(NamedTuple):
         return Params(table[:, :-1] * self.scale + jnp.outer(bias, self.mean), bias)
 
 
+class Standard(NamedTuple):
+    """A problem whose parameters are the table itself."""
+
+    problem: Problem
+
+    def params(self, table: Array) -> Params:
+        return Params(table[:, :-1], table[:, -1])
+
+    def table(self, gradient: Params) -> Array:
+        return jnp.concatenate([gradient.weights, gradient.bias[:, None]], 1)
+
+
 class RowSpace(NamedTuple):
     """Parameters V, b' of the features' coordinates in an orthonormal basis Q of their rows:
     W = V Q^T, b = b' - W mean."""
@@ -102,8 +114,8 @@ def view(problem: Problem, *, centre: bool) -> View:
     return View(problem, mean, jnp.where(spread, 1 / jnp.where(spread, scale, 1), 0))
 
 
-def standard(of: View, dtype: DTypeLike) -> View:
-    """The same problem with the table itself as parameters: a copy of the features in `dtype`.
+def standard(of: View, dtype: DTypeLike) -> Standard:
+    """The same problem with a copy of the features in these coordinates, in `dtype`.
 
     Each column has its own penalty there.
     """
@@ -111,15 +123,17 @@ def standard(of: View, dtype: DTypeLike) -> View:
     wide = mean.dtype
     features = ((problem.features.astype(wide) - mean) * inverse).astype(dtype)
     # A column of size 1e-20 has a penalty that float32 can't hold; its weight is 0 all the same.
-    l2 = jnp.minimum((jnp.sqrt(problem.l2) * jnp.where(inverse > 0, inverse, 1)) ** 2, 1e30)
-    copy = problem._replace(
-        features=features,
-        labels=problem.labels.astype(dtype) if problem.labels.ndim == 2 else problem.labels,
-        share=problem.share.astype(dtype),
-        offset=None if problem.offset is None else problem.offset.astype(dtype),
-        l2=l2.astype(dtype),
+    root = jnp.sqrt(problem.l2) * jnp.where(inverse > 0, inverse, 1)
+    l2 = jnp.minimum(root, 1e15) ** 2
+    return Standard(
+        problem._replace(
+            features=features,
+            labels=problem.labels.astype(dtype) if problem.labels.ndim == 2 else problem.labels,
+            share=problem.share.astype(dtype),
+            offset=None if problem.offset is None else problem.offset.astype(dtype),
+            l2=l2.astype(dtype),
+        )
     )
-    return View(copy, jnp.zeros_like(mean, dtype), jnp.ones_like(inverse, dtype))
 
 
 def projection(problem: Problem, classes: int, *, fit_bias: bool) -> Callable[[Array], Array]:

@@ -24,7 +24,7 @@ def solve_hessian(params: Params, problem: Problem, right: Params, *, fit_bias: 
     fast = _coordinates.standard(view, dtype)
     free = _coordinates.projection(problem, classes, fit_bias=fit_bias)
     at = curvature(fast.params(view.table_of(params)), fast.problem)
-    ridge = jnp.append(jnp.broadcast_to(fast.problem.l2, width), 0 if fit_bias else 1)
+    ridge = jnp.append(fast.problem.l2, 0 if fit_bias else 1)
     plan = _preconditioner.plan(examples, width, classes, kept=not in_blocks(classes, problem))
     if plan.groups == 0 or width > examples:
         factor = _preconditioner.diagonal(jnp.mean(at.spread, 0, keepdims=True), ridge)

@@ -42,7 +42,7 @@ class State(NamedTuple):
     Attributes:
       at: the point.
       gap: bound on objective - minimum there, if it is known.
-      factor: the preconditioner.
+      inverse: the preconditioner.
       owed: products since it was made, -1 before there is one.
       exact: whether products are computed in the dtype of the problem.
       drop: the squared decrement of the last step, relative to the objective.
@@ -55,7 +55,7 @@ class State(NamedTuple):
 
     at: Point
     gap: Array
-    factor: Array
+    inverse: Array
     owed: Array
     exact: Array
     drop: Array
@@ -110,21 +110,16 @@ def newton_cg(
     slack = 4 * jnp.finfo(wide).eps
     zero, infinite = jnp.zeros((), jnp.int32), jnp.full((), jnp.inf, wide)
 
-    l2 = jnp.broadcast_to(fast.problem.l2.astype(wide), width)
-    penalised = l2[0] > 0
-    ridge = jnp.append(l2, 0 if fit_bias else 1).astype(_FAST)
+    penalised = problem.l2 > 0
+    ridge = jnp.append(fast.problem.l2, 0 if fit_bias else 1)
+    gap_scale = certificate.gap_scale(jnp.append(jnp.sqrt(problem.l2) * view.inverse, 0))
 
     free = _coordinates.projection(problem, classes, fit_bias=fit_bias)
-
-    standard = fast.problem._replace(l2=l2)
-
-    def weights_gap(gradient: Array) -> Array:
-        return certificate.weights_gap(Params(gradient[:, :-1], gradient[:, -1]), standard)
 
     def evaluate(table: Array) -> Point:
         value, slope = value_and_gradient(exact.params(table), exact.problem)
         gradient = free(exact.table(slope))
-        return Point(table, value, gradient, weights_gap(gradient))
+        return Point(table, value, gradient, certificate.weights_gap(gradient, gap_scale))
 
     def hessian(state: State, at: Curvature) -> Callable[[Array], Array]:
         def fast_product(table: Array) -> Array:
@@ -158,8 +153,8 @@ def newton_cg(
                 fast.problem, spread, mean, ridge, plan.rows, alike=first, old=old
             )
 
-        factor = _once(first | due, make, state.factor)
-        return state._replace(factor=factor, owed=jnp.where(first | due, 0, state.owed))
+        inverse = _once(first | due, make, state.inverse)
+        return state._replace(inverse=inverse, owed=jnp.where(first | due, 0, state.owed))
 
     def direction(state: State, at: Curvature, wanted: Array, polish: Array) -> Progress:
         """The Newton step, or that of the bias alone."""
@@ -169,7 +164,7 @@ def newton_cg(
 
         def precondition(residual: Array) -> Array:
             residual = jnp.where(varied, free(residual), 0)
-            preconditioned = _preconditioner.apply(state.factor, residual.astype(_FAST))
+            preconditioned = _preconditioner.apply(state.inverse, residual.astype(_FAST))
             return jnp.where(varied, free(preconditioned.astype(wide)), 0)
 
         forcing = jnp.clip(jnp.sqrt(state.drop), 1e-3, _FORCING)
@@ -182,7 +177,8 @@ def newton_cg(
             small = ~penalised & (cg.decrement / 2 <= tol * value)
             accuracy = jnp.where(polish, 0.1, jnp.where(small, 1e-3, forcing))
             enough = cg.squared <= accuracy**2 * first
-            certified = penalised & ~polish & (weights_gap(cg.residual) <= tol / 2 * value)
+            gap = certificate.weights_gap(cg.residual, gap_scale)
+            certified = penalised & ~polish & (gap <= tol / 2 * value)
             return wanted & ~enough & ~certified & (cg.steps < most)
 
         return conjugate_gradient(product, precondition, -state.at.gradient, proceed)
@@ -211,26 +207,10 @@ def newton_cg(
         near = (point.weights_gap <= tol * point.value) & (state.polished < _POLISHES)
         polish = started & penalised & (near | ending)
 
+        finite = jnp.isfinite(point.value + jnp.sum(point.gradient))
         separable = certificate.separates(point.value, problem)
-
-        def judged(gap: Array, known: Array) -> Array:
-            finite = jnp.isfinite(point.value) & jnp.all(jnp.isfinite(point.gradient))
-            cases = [
-                (~started, RUNNING),
-                (~finite, Status.DIVERGED),
-                (separable & ((point.value <= tol) | ending), Status.SEPARABLE),
-                (gap <= tol * point.value, Status.CONVERGED),
-                (known & (state.iterations >= max_iter), Status.MAX_ITER),
-                (known & ending, Status.STALLED),
-            ]
-            conditions, statuses = zip(*cases, strict=True)
-            return jnp.select(list(conditions), list(statuses), RUNNING).astype(jnp.int32)
-
-        wanted = (
-            started
-            & (judged(infinite, jnp.array(False)) == RUNNING)
-            & (~ending | polish | ~penalised)
-        )
+        separated = separable & ((point.value <= tol) | ending)
+        wanted = started & finite & ~separated & (~ending | polish | ~penalised)
         state = preconditioner(state, at, wanted)
         cg = direction(state, at, wanted, polish)
         decrement = jnp.where(cg.broken, jnp.inf, cg.decrement / 2)
@@ -238,7 +218,16 @@ def newton_cg(
         gap = jnp.where(penalised, point.weights_gap, 0) + decrement
         gap = jnp.where(separable, point.value, gap)
         known = ~penalised | polish & settled
-        status = judged(jnp.where(known, gap, jnp.inf), known)
+        gap = jnp.where(known, gap, jnp.inf)
+        status = zero + RUNNING
+        for holds, found in (  # the last that holds counts
+            (known & ending, Status.STALLED),
+            (known & (state.iterations >= max_iter), Status.MAX_ITER),
+            (gap <= tol * point.value, Status.CONVERGED),
+            (separated, Status.SEPARABLE),
+            (~finite, Status.DIVERGED),
+        ):
+            status = jnp.where(started & holds, found, status)
         running = status == RUNNING
         new, tries = _once(
             running,
@@ -252,8 +241,8 @@ def newton_cg(
         switch = (idle >= _IDLE) & ~state.exact & (exact is not fast)
         return State(
             at=new,
-            gap=jnp.where(known, gap, jnp.inf),
-            factor=state.factor,
+            gap=gap,
+            inverse=state.inverse,
             owed=state.owed + cg.steps,
             exact=state.exact | switch,
             drop=jnp.where(started & ~polish, cg.decrement / point.value, state.drop),
@@ -269,7 +258,7 @@ def newton_cg(
     start = State(
         at=Point(table, infinite, jnp.zeros_like(table), infinite),
         gap=infinite,
-        factor=jnp.zeros(shape if plan.groups else shape[:2], _FAST),
+        inverse=jnp.zeros(shape if plan.groups else shape[:2], _FAST),
         owed=zero - 1,
         exact=jnp.zeros((), bool),
         drop=jnp.ones((), wide),

@@ -5,6 +5,7 @@ appended to x for the bias. It has the scale of every column in it, so what it p
 not depend on the scales. Few examples carry most of its sum: those that the model is not sure of.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxsoftmax.objective import Problem, sum_over_rows
 
 _BYTES = 2**26  # the most that the factors may take, if it is more than an eighth of the features
 _ROWS = 1024  # of features that are multiplied at a time
+_PANEL = 256  # columns
 _JITTER = 1e-5  # relative to the diagonal; float32 products of columns are no better than that
 
 
@@ -68,7 +70,7 @@ def factorise(
     alike: Array | bool = False,
     old: Array | None = None,
 ) -> Array:
-    """Inverse Cholesky factors (groups, features + 1, features + 1) of the blocks.
+    """Inverses (groups, features + 1, features + 1) of the blocks, by Cholesky's factorisation.
 
     The examples that are left out count as if they were like the mean of all.
 
@@ -78,25 +80,25 @@ def factorise(
       mean: what `covariance` gives.
       ridge: (features + 1,), what is added to the diagonals.
       rows: how many examples to use for each.
-      alike: whether to make one factor for all groups, of the mean alone.
-      old: factors whose memory is reused.
+      alike: whether one is made for all groups, of the mean alone.
+      old: inverses whose memory is reused.
     """
     groups = spread.shape[0]
-    spread = jnp.where(alike, jnp.mean(spread, 0), spread)
+    total = jnp.sum(spread, 1)
 
-    def put(group: Array, factors: Array) -> Array:
-        top, index = lax.top_k(spread[group], rows)
-        top = jnp.where(alike, 0, top)
-        left = jnp.maximum(jnp.sum(spread[group]) - jnp.sum(top), 0)
-        block = _gathered(problem.features, index, top) + left * mean
-        return factors.at[group].set(_inverse_factor(block, ridge))
+    def put(group: Array, inverses: Array) -> Array:
+        weight, index = lax.top_k(_at(spread, group), rows)
+        weight = jnp.where(alike, 0, weight)
+        left = jnp.where(alike, jnp.mean(total), _at(total, group) - jnp.sum(weight))
+        block = _gathered(problem.features, index, weight) + jnp.maximum(left, 0) * mean
+        return lax.dynamic_update_index_in_dim(inverses, _inverse(block, ridge), group, 0)
 
-    def repeat(group: Array, factors: Array) -> Array:
-        return factors.at[group].set(factors[0])
+    def repeat(group: Array, inverses: Array) -> Array:
+        return lax.dynamic_update_index_in_dim(inverses, inverses[0], group, 0)
 
-    factors = jnp.zeros((groups, *mean.shape), mean.dtype) if old is None else old
-    factors = lax.fori_loop(0, jnp.where(alike, 1, groups), put, factors)
-    return lax.fori_loop(1, jnp.where(alike, groups, 1), repeat, factors)
+    inverses = jnp.zeros((groups, *mean.shape), mean.dtype) if old is None else old
+    inverses = lax.fori_loop(0, jnp.where(alike, 1, groups), put, inverses)
+    return lax.fori_loop(1, jnp.where(alike, groups, 1), repeat, inverses)
 
 
 def diagonal(spread: Array, ridge: Array) -> Array:
@@ -104,13 +106,17 @@ def diagonal(spread: Array, ridge: Array) -> Array:
     return 1 / jnp.maximum(jnp.sum(spread, 1)[:, None] + ridge, _tiny(ridge))
 
 
-def apply(factor: Array, table: Array) -> Array:
+def apply(inverse: Array, table: Array) -> Array:
     """The preconditioner times a table (classes, features + 1)."""
-    if factor.ndim == 2:
-        return factor * table
-    if factor.shape[0] == 1:
-        return (table @ factor[0].T) @ factor[0]
-    return jnp.einsum("kij,ki->kj", factor, jnp.einsum("kij,kj->ki", factor, table))
+    if inverse.ndim == 2:
+        return inverse * table
+    if inverse.shape[0] == 1:
+        return table @ inverse[0]
+    return jnp.einsum("kij,kj->ki", inverse, table)
+
+
+def _at(values: Array, index: Array) -> Array:
+    return lax.dynamic_index_in_dim(values, index, keepdims=False)
 
 
 def _gathered(features: Array, index: Array, weight: Array) -> Array:
@@ -119,7 +125,8 @@ def _gathered(features: Array, index: Array, weight: Array) -> Array:
     padding = (0, -index.size % count)
 
     def add(total: Array, rows: tuple[Array, ...]) -> tuple[Array, None]:
-        return total + _product(features[rows[0]], rows[1]), None
+        own = features.at[rows[0]].get(mode="promise_in_bounds")
+        return total + _product(own, rows[1]), None
 
     blocks = tuple(jnp.pad(v, padding).reshape(count, -1) for v in (index, weight))
     width = features.shape[1] + 1
@@ -128,23 +135,37 @@ def _gathered(features: Array, index: Array, weight: Array) -> Array:
 
 
 def _product(features: Array, weight: Array) -> Array:
-    """The sum of weight_i [x_i, 1] [x_i, 1]^T."""
+    """The sum of weight_i [x_i, 1] [x_i, 1]^T, of which only the lower triangle is right.
+
+    Panels of columns end at the diagonal, which spares up to half of the products.
+    """
     ones = jnp.ones_like(weight)
     x = jnp.concatenate([features, ones[:, None]], 1) * jnp.sqrt(weight)[:, None]
-    return x.T @ x
+    width = x.shape[1]
+    count = -(-width // _PANEL)
+    ends = [width * i // count for i in range(count + 1)]
+    return jnp.concatenate(
+        [
+            jnp.pad(x[:, start:end].T @ x[:, :end], ((0, 0), (0, width - end)))
+            for start, end in pairwise(ends)
+        ]
+    )
 
 
-def _inverse_factor(block: Array, ridge: Array) -> Array:
-    """The inverse of L in block + diag(ridge) = L L^T: multiplied with, not solved for, since a
-    triangular solve of few columns is ten times slower."""
-    block += jnp.diag(ridge)
-    size = jnp.diagonal(block)
+def _inverse(block: Array, ridge: Array) -> Array:
+    """The inverse of block + diag(ridge), whose lower triangle is used: multiplied with, not solved
+    for, since a triangular solve of few columns is ten times slower."""
+    size = jnp.ravel(block)[:: ridge.size + 1] + ridge  # the diagonal
     scale = jnp.where(size > 0, lax.rsqrt(jnp.where(size > 0, size, 1)), 0)
-    identity = jnp.eye(size.size, dtype=block.dtype)
-    lower = jnp.linalg.cholesky(block * scale * scale[:, None] + _JITTER * identity)
-    inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-    # Where float32 can't factorise it, the diagonal is left.
-    return jnp.where(jnp.all(jnp.isfinite(inverse)), inverse, identity) * scale
+    diagonal = jnp.eye(ridge.size, dtype=bool)
+    scaled = jnp.where(diagonal, 1 + _JITTER, block * scale * scale[:, None])
+    lower = lax.linalg.cholesky(scaled, symmetrize_input=False)
+    identity = diagonal.astype(block.dtype)
+    half = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    inverse = lax.linalg.triangular_solve(lower, half, left_side=True, lower=True, transpose_a=True)
+    # Where float32 can't factorise it, every entry is NaN, and the diagonal is left.
+    known = jnp.isfinite(inverse[0, 0])
+    return jnp.where(known, inverse, identity) * scale * scale[:, None]
 
 
 def _tiny(like: Array) -> Array:

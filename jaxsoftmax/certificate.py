@@ -1,5 +1,6 @@
 """How far a point is from the minimum of the objective: a bound that is proved, or an estimate."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -21,20 +22,24 @@ class Certificate(NamedTuple):
     gap: Float[Array, ""]
 
 
-def weights_gap(gradient: Params, problem: Problem) -> Float[Array, ""]:
-    r"""The duality gap :math:`\sum_{kj} (\partial f / \partial W_{kj})^2 / (2 \lambda_j)`.
+def weights_gap(gradient: Float[Array, "classes features"], scale: Array) -> Float[Array, ""]:
+    r"""The duality gap :math:`\sum_{kj} (\partial f / \partial W_{kj})^2 / (2 \lambda_j)`, with
+    `scale` from `gap_scale`.
 
     It bounds f - min f at the optimal bias for the weights: there the residuals p - y, weighted by
-    the shares, sum to 0 over the examples, and so are a feasible point of the dual problem. It is
-    inf where :math:`\lambda = 0`.
+    the shares, sum to 0 over the examples, and so are a feasible point of the dual problem. Where
+    :math:`\lambda = 0` there is no such bound.
 
     Reference:
       Boyd, Vandenberghe (2004), Convex Optimization, section 5.1.6.
     """
-    penalised = problem.l2 > 0
-    root = jnp.sqrt(2 * jnp.where(penalised, problem.l2, 1))
-    gap = jnp.sum((gradient.weights / root) ** 2)
-    return jnp.where(jnp.any(penalised), gap, jnp.inf)
+    return jnp.sum((gradient * scale) ** 2)
+
+
+def gap_scale(root: Array) -> Array:
+    r""":math:`1 / \sqrt{2 \lambda_j}` from :math:`\sqrt{\lambda_j}`, 0 without a penalty."""
+    penalised = root > 0
+    return jnp.where(penalised, math.sqrt(0.5) / jnp.where(penalised, root, 1), 0)
 
 
 def separates(value: Float[Array, ""], problem: Problem) -> Bool[Array, ""]:
@@ -69,7 +74,6 @@ def certify(
         value, slope = value_and_gradient(params, problem)
         slope = slope._replace(bias=jnp.zeros_like(slope.bias))
         found = Certificate(params, value, slope, jnp.zeros_like(value))
-    found = found._replace(gap=found.gap + weights_gap(found.gradient, problem))
     penalised = jnp.any(problem.l2 > 0)
     # Without a penalty a column may have any scale: in these coordinates each has size 1.
     size = jnp.max(jnp.abs(problem.features), 0).astype(found.objective.dtype)
@@ -98,7 +102,8 @@ def certify(
     decrement = jnp.where(end.broken, jnp.inf, end.decrement / 2) * largest * largest
     # A loss of 0 is not attained by finite parameters: there is no optimum to be near to.
     decrement = jnp.where(found.objective == 0, jnp.inf, decrement)
-    return found._replace(gap=jnp.where(penalised, found.gap, decrement))
+    gap = found.gap + weights_gap(found.gradient.weights, gap_scale(jnp.sqrt(problem.l2)))
+    return found._replace(gap=jnp.where(penalised, gap, decrement))
 
 
 def bias_step(

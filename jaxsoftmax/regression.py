@@ -162,11 +162,13 @@ def _fit(
             weights=jnp.zeros((num_classes, features.shape[1]), dtype),
             bias=jnp.zeros(num_classes, dtype),
         )
-    # A class absent from the fit that gave `init` has bias -inf there, and may be present here.
-    finite = jnp.where(init.bias == -jnp.inf, 0, init.bias)
-    init = init._replace(bias=finite if fit_bias else jnp.zeros_like(finite))
-    result = _optimum(fit_bias, solver, problem, centred(init, classes), tol, max_iter)
-    weights, bias = centred(result.params, classes)
+    else:
+        # A class absent from the fit that gave `init` has bias -inf there, and may be present here.
+        finite = jnp.where(init.bias == -jnp.inf, 0, init.bias)
+        init = init._replace(bias=finite if fit_bias else jnp.zeros_like(finite))
+        init = centred(init, classes)
+    result = _optimum(fit_bias, solver, problem, init, tol, max_iter)
+    weights, bias = centred(result.params, classes) if solver == "lbfgs" else result.params
     poison = jnp.where(result.status == Status.DIVERGED, jnp.nan, 0).astype(dtype)
     params = Params(weights + poison, jnp.where(classes, bias, -jnp.inf) + poison)
     return result._replace(params=params, gap=result.gap + poison)
