@@ -1,70 +1,145 @@
-"""Preconditioned conjugate gradients, with the quantities that its users stop by."""
+"""Preconditioned conjugate gradients with a stopping rule of the caller."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
+
+_Value = TypeVar("_Value")
+
+
+class Memory(NamedTuple):
+    """Directions d of conjugate gradients, of length d^T H d = 1, and their images H d."""
+
+    directions: Array
+    images: Array
 
 
 class Progress(NamedTuple):
     """An approximate solution x of H x = b, for a positive semidefinite H.
 
-    `squared` is r^T M r for the residual r and the preconditioner M, `decrement` is b^T x, which
-    grows to b^T H^+ b. `broken` says that rounding left no positive curvature along a direction.
+    `squared` is r^T M r for the residual r and the preconditioner M, and was `first` at the start;
+    `decrement` is b^T x, which grows to b^T H^+ b. `broken` says that rounding left no positive
+    curvature along a direction. `memory` has the last directions.
     """
 
     x: Array
     residual: Array
     direction: Array
+    first: Array
     squared: Array
     decrement: Array
     steps: Array
     broken: Array
+    running: Array
+    memory: Memory | None
 
 
 def conjugate_gradient(
     product: Callable[[Array], Array],
     precondition: Callable[[Array], Array],
     b: Array,
-    proceed: Callable[[Progress, Array], Array],
+    proceed: Callable[[Progress], Array],
+    memory: Memory | None = None,
 ) -> Progress:
-    """Solve H x = b from x = 0 as long as `proceed(progress, squared at the start)` says so.
+    """Solve H x = b from x = 0 as long as `proceed` says so. `memory` is written over.
 
     Reference:
       Nocedal, Wright (2006), Numerical Optimization, algorithm 5.3.
     """
 
-    def advance(at: Progress) -> Progress:
+    def step(at: Progress) -> Progress:
         image = product(at.direction)
         curvature = jnp.sum(at.direction * image)
         broken = ~(curvature > 0)
-        alpha = jnp.where(broken, 0, at.squared / jnp.where(broken, 1, curvature))
-        residual = at.residual - alpha * image
-        preconditioned = precondition(residual)
-        squared = jnp.sum(residual * preconditioned)
-        return Progress(
+        curvature = jnp.where(broken, 1, curvature)
+        alpha = jnp.where(broken, 0, at.squared / curvature)
+        return at._replace(
             x=at.x + alpha * at.direction,
-            residual=residual,
-            direction=preconditioned + squared / at.squared * at.direction,
-            squared=squared,
+            residual=at.residual - alpha * image,
             decrement=at.decrement + alpha * at.squared,
             steps=at.steps + 1,
             broken=broken,
+            memory=_written(at.memory, at.steps, at.direction, image, lax.rsqrt(curvature)),
         )
 
-    direction = precondition(b)
-    squared = jnp.sum(b * direction)
+    def advance(at: Progress) -> Progress:
+        preconditioned = precondition(at.residual)
+        squared = jnp.sum(at.residual * preconditioned)
+        start = at.steps == 0
+        at = at._replace(
+            direction=preconditioned + jnp.where(start, 0, squared / at.squared) * at.direction,
+            first=jnp.where(start, squared, at.first),
+            squared=squared,
+        )
+        at = at._replace(running=(squared > 0) & ~at.broken & proceed(at))
+        return once(at.running, step, at)
+
+    one = jnp.ones((), b.dtype)
     start = Progress(
         x=jnp.zeros_like(b),
         residual=b,
-        direction=direction,
-        squared=squared,
-        decrement=jnp.zeros_like(squared),
+        direction=jnp.zeros_like(b),
+        first=one,
+        squared=one,
+        decrement=jnp.zeros_like(one),
         steps=jnp.zeros((), jnp.int32),
         broken=jnp.zeros((), bool),
+        running=jnp.ones((), bool),
+        memory=memory,
     )
-    end: Progress = lax.while_loop(
-        lambda at: (at.squared > 0) & ~at.broken & proceed(at, squared), advance, start
-    )
+    end: Progress = lax.while_loop(lambda at: at.running, advance, start)
     return end
+
+
+def empty_memory(size: int, like: Array, dtype: DTypeLike) -> Memory:
+    zeros = jnp.zeros((size, *like.shape), dtype)
+    return Memory(zeros, zeros)
+
+
+def _written(
+    memory: Memory | None, step: Array, direction: Array, image: Array, scale: Array
+) -> Memory | None:
+    """With one more direction, instead of the oldest one."""
+    if memory is None:
+        return None
+
+    def put(old: Array, new: Array) -> Array:
+        slot = step % len(old)
+        return lax.dynamic_update_index_in_dim(old, (new * scale).astype(old.dtype), slot, 0)
+
+    return Memory(put(memory.directions, direction), put(memory.images, image))
+
+
+def informed(precondition: Callable[[Array], Array], memory: Memory) -> Callable[[Array], Array]:
+    r"""The preconditioner M, made exact along the directions S of `memory`, with images Y = H S:
+
+    .. math:: (I - S Y^T)\, M\, (I - Y S^T) + S S^T.
+
+    It is positive definite whatever H they were computed with.
+
+    Reference:
+      Gratton, Sartenaer, Tshimanga (2011), On a class of limited memory preconditioners for large
+      scale linear systems with multiple right-hand sides, SIAM Journal on Optimization 21.
+    """
+    size = len(memory.directions)
+    directions, images = (part.reshape(size, -1) for part in memory)
+
+    def apply(residual: Array) -> Array:
+        along = directions @ residual.ravel()
+        rest = precondition(residual - (along @ images).reshape(residual.shape))
+        along -= images @ rest.ravel()
+        return rest + (along @ directions).reshape(residual.shape)
+
+    return apply
+
+
+def once(wanted: Array, f: Callable[[_Value], _Value], value: _Value) -> _Value:
+    """f(value) if `wanted`, else `value`: a `cond` that under vmap is run only if one wants it."""
+    return lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.zeros_like(carry[0]), f(carry[1])),
+        (wanted, value),
+    )[1]

@@ -40,9 +40,9 @@ def solve_hessian(params: Params, problem: Problem, right: Params, *, fit_bias: 
     def precondition(residual: Array) -> Array:
         return free(_preconditioner.apply(factor, free(residual)))
 
-    def proceed(cg: Progress, first: Array) -> Array:
+    def proceed(cg: Progress) -> Array:
         accuracy = 10 * jnp.finfo(dtype).eps
-        return (cg.squared > accuracy**2 * first) & (cg.steps < _STEPS)
+        return (cg.squared > accuracy**2 * cg.first) & (cg.steps < _STEPS)
 
     def solve(_: object, b: Array) -> Array:
         return free(conjugate_gradient(product, precondition, b, proceed).x)

@@ -1,13 +1,21 @@
 """Truncated Newton's method for the objective, with one preconditioner for many steps."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax import _coordinates, _preconditioner, certificate
-from jaxsoftmax._conjugate_gradient import Progress, conjugate_gradient
+from jaxsoftmax._conjugate_gradient import (
+    Memory,
+    Progress,
+    conjugate_gradient,
+    empty_memory,
+    informed,
+    once,
+)
 from jaxsoftmax.objective import (
     Curvature,
     Params,
@@ -43,6 +51,7 @@ class State(NamedTuple):
       at: the point.
       gap: bound on objective - minimum there, if it is known.
       inverse: the preconditioner.
+      memory: directions of the last step's conjugate gradients, which correct it.
       owed: products since it was made, -1 before there is one.
       exact: whether products are computed in the dtype of the problem.
       drop: the squared decrement of the last step, relative to the objective.
@@ -56,6 +65,7 @@ class State(NamedTuple):
     at: Point
     gap: Array
     inverse: Array
+    memory: Memory
     owed: Array
     exact: Array
     drop: Array
@@ -153,7 +163,7 @@ def newton_cg(
                 fast.problem, spread, mean, ridge, plan.rows, alike=first, old=old
             )
 
-        inverse = _once(first | due, make, state.inverse)
+        inverse = once(first | due, make, state.inverse)
         return state._replace(inverse=inverse, owed=jnp.where(first | due, 0, state.owed))
 
     def direction(state: State, at: Curvature, wanted: Array, polish: Array) -> Progress:
@@ -162,26 +172,31 @@ def newton_cg(
         product = hessian(state, at)
         varied = ~polish | (jnp.arange(width + 1) == width)
 
-        def precondition(residual: Array) -> Array:
-            residual = jnp.where(varied, free(residual), 0)
-            preconditioned = _preconditioner.apply(state.inverse, residual.astype(_FAST))
-            return jnp.where(varied, free(preconditioned.astype(wide)), 0)
+        def blocks(residual: Array) -> Array:
+            return free(_preconditioner.apply(state.inverse, free(residual)))
 
-        forcing = jnp.clip(jnp.sqrt(state.drop), 1e-3, _FORCING)
+        corrected = informed(blocks, state.memory)
+
+        def precondition(residual: Array) -> Array:
+            preconditioned = corrected(jnp.where(varied, residual, 0).astype(_FAST))
+            return jnp.where(varied, preconditioned, 0).astype(wide)
+
+        forcing = jnp.clip(jnp.sqrt(state.drop) / 2, 1e-3, _FORCING)
         # With a new preconditioner it goes on; an old one is replaced once that is paid for.
         most = jnp.maximum(plan.price - state.owed, _LEAST)
         most = jnp.where(state.owed > 0, most, _MOST)
 
-        def proceed(cg: Progress, first: Array) -> Array:
+        def proceed(cg: Progress) -> Array:
             # Without a penalty the decrement is the certificate, and so is found well.
             small = ~penalised & (cg.decrement / 2 <= tol * value)
             accuracy = jnp.where(polish, 0.1, jnp.where(small, 1e-3, forcing))
-            enough = cg.squared <= accuracy**2 * first
+            enough = cg.squared <= accuracy**2 * cg.first
             gap = certificate.weights_gap(cg.residual, gap_scale)
             certified = penalised & ~polish & (gap <= tol / 2 * value)
             return wanted & ~enough & ~certified & (cg.steps < most)
 
-        return conjugate_gradient(product, precondition, -state.at.gradient, proceed)
+        memory = jax.tree.map(jnp.zeros_like, state.memory)
+        return conjugate_gradient(product, precondition, -state.at.gradient, proceed, memory)
 
     def line_search(point: Point, step: Array, decrement: Array) -> tuple[Point, Array]:
         """The first of the lengths 1, 1/2, 1/4, ... that makes the objective fall enough."""
@@ -229,7 +244,8 @@ def newton_cg(
         ):
             status = jnp.where(started & holds, found, status)
         running = status == RUNNING
-        new, tries = _once(
+        remembered = (cg.steps > 0) & ~polish
+        new, tries = once(
             running,
             lambda _: line_search(point, cg.x, cg.decrement),
             (point, zero),
@@ -243,6 +259,9 @@ def newton_cg(
             at=new,
             gap=gap,
             inverse=state.inverse,
+            memory=jax.tree.map(
+                lambda new, old: jnp.where(remembered, new, old), cg.memory, state.memory
+            ),
             owed=state.owed + cg.steps,
             exact=state.exact | switch,
             drop=jnp.where(started & ~polish, cg.decrement / point.value, state.drop),
@@ -259,6 +278,7 @@ def newton_cg(
         at=Point(table, infinite, jnp.zeros_like(table), infinite),
         gap=infinite,
         inverse=jnp.zeros(shape if plan.groups else shape[:2], _FAST),
+        memory=empty_memory(plan.memory, table, _FAST),
         owed=zero - 1,
         exact=jnp.zeros((), bool),
         drop=jnp.ones((), wide),
@@ -279,15 +299,3 @@ def newton_cg(
         status=end.status,
     )
     return fit, end.products
-
-
-_Value = TypeVar("_Value")
-
-
-def _once(wanted: Array, f: Callable[[_Value], _Value], value: _Value) -> _Value:
-    """f(value) if `wanted`, else `value`: a `cond` that under vmap is run only if one wants it."""
-    return lax.while_loop(
-        lambda carry: carry[0],
-        lambda carry: (jnp.zeros_like(carry[0]), f(carry[1])),
-        (wanted, value),
-    )[1]

@@ -26,11 +26,13 @@ class Plan(NamedTuple):
       groups: the number of classes if each has its own factor, 1 if they share one, 0 for none.
       rows: how many examples, those of largest weight, make a factor.
       price: what making the factors costs, in products with the Hessian.
+      memory: how many directions of conjugate gradients correct it.
     """
 
     groups: int
     rows: int
     price: int
+    memory: int
 
 
 def plan(examples: int, width: int, classes: int, *, kept: bool) -> Plan:
@@ -52,7 +54,8 @@ def plan(examples: int, width: int, classes: int, *, kept: bool) -> Plan:
         groups = 1 if size <= budget else 0
     rows = min(examples, max(examples // max(groups, 2), width))
     price = 10 + groups * width * (rows + width) // (4 * classes * examples)
-    return Plan(groups, rows, price)
+    memory = max(min(8, budget // (8 * classes * (width + 1))), 1)
+    return Plan(groups, rows, price, memory)
 
 
 def covariance(problem: Problem) -> Array:

@@ -94,9 +94,9 @@ def certify(
     largest = jnp.max(jnp.abs(gradient))
     largest = jnp.where(largest > 0, largest, 1)  # the square of the gradient must not underflow
 
-    def proceed(at: Progress, start: Array) -> Array:
+    def proceed(at: Progress) -> Array:
         enough = at.decrement / 2 > tol * found.objective / largest / largest
-        return ~penalised & ~enough & (at.squared > 1e-6 * start) & (at.steps < scale.size)
+        return ~penalised & ~enough & (at.squared > 1e-6 * at.first) & (at.steps < scale.size)
 
     end = conjugate_gradient(product, lambda residual: residual, gradient / largest, proceed)
     decrement = jnp.where(end.broken, jnp.inf, end.decrement / 2) * largest * largest

@@ -143,8 +143,8 @@ def test_conjugate_gradients_solve_a_system_and_its_decrement() -> None:
     root = rng.normal(size=(6, 6))
     matrix, b = jnp.asarray(root @ root.T + np.eye(6), WIDE), jnp.asarray(rng.normal(size=6), WIDE)
 
-    def proceed(at: Progress, start: jax.Array) -> jax.Array:
-        return (at.squared > eps(WIDE) ** 2 * start) & (at.steps < 20)
+    def proceed(at: Progress) -> jax.Array:
+        return (at.squared > eps(WIDE) ** 2 * at.first) & (at.steps < 20)
 
     found = conjugate_gradient(lambda v: matrix @ v, lambda v: v / jnp.diag(matrix), b, proceed)
     expected = jnp.linalg.solve(matrix, b)
