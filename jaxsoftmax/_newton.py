@@ -1,6 +1,7 @@
 """Truncated Newton's method for the objective, with one preconditioner for many steps."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -172,14 +173,12 @@ def newton_cg(
         product = hessian(state, at)
         varied = ~polish | (jnp.arange(width + 1) == width)
 
-        def blocks(residual: Array) -> Array:
-            return free(_preconditioner.apply(state.inverse, free(residual)))
-
-        corrected = informed(blocks, state.memory)
+        corrected = informed(partial(_preconditioner.apply, state.inverse), state.memory)
 
         def precondition(residual: Array) -> Array:
-            preconditioned = corrected(jnp.where(varied, residual, 0).astype(_FAST))
-            return jnp.where(varied, preconditioned, 0).astype(wide)
+            residual = jnp.where(varied, free(residual), 0)
+            preconditioned = corrected(residual.astype(_FAST)).astype(wide)
+            return jnp.where(varied, free(preconditioned), 0)
 
         forcing = jnp.clip(jnp.sqrt(state.drop) / 2, 1e-3, _FORCING)
         # With a new preconditioner it goes on; an old one is replaced once that is paid for.

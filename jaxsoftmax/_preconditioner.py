@@ -5,6 +5,7 @@ appended to x for the bias. It has the scale of every column in it, so what it p
 not depend on the scales. Few examples carry most of its sum: those that the model is not sure of.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from jax import Array, lax
 from jaxsoftmax.objective import Problem, sum_over_rows
 
 _BYTES = 2**26  # the most that the factors may take, if it is more than an eighth of the features
-_ROWS = 1024  # of features that are multiplied at a time
+_ROWS = 512  # of features that are multiplied at a time
 _PANEL = 256  # columns
 _JITTER = 1e-5  # relative to the diagonal; float32 products of columns are no better than that
 
@@ -89,19 +90,26 @@ def factorise(
     groups = spread.shape[0]
     total = jnp.sum(spread, 1)
 
-    def put(group: Array, inverses: Array) -> Array:
+    def block(group: Array) -> Array:
         weight, index = lax.top_k(_at(spread, group), rows)
         weight = jnp.where(alike, 0, weight)
         left = jnp.where(alike, jnp.mean(total), _at(total, group) - jnp.sum(weight))
-        block = _gathered(problem.features, index, weight) + jnp.maximum(left, 0) * mean
-        return lax.dynamic_update_index_in_dim(inverses, _inverse(block, ridge), group, 0)
+        return _gathered(problem.features, index, weight) + jnp.maximum(left, 0) * mean
 
-    def repeat(group: Array, inverses: Array) -> Array:
-        return lax.dynamic_update_index_in_dim(inverses, inverses[0], group, 0)
+    def put(made: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+        return lambda group, blocks: lax.dynamic_update_index_in_dim(
+            blocks, made(group, blocks), group, 0
+        )
 
-    inverses = jnp.zeros((groups, *mean.shape), mean.dtype) if old is None else old
-    inverses = lax.fori_loop(0, jnp.where(alike, 1, groups), put, inverses)
-    return lax.fori_loop(1, jnp.where(alike, groups, 1), repeat, inverses)
+    blocks = jnp.zeros((groups, *mean.shape), mean.dtype) if old is None else old
+    # One loop after the other: the threads of LAPACK and those of XLA:CPU wait busily and hinder
+    # each other, so that in one loop they took half as long again.
+    count = jnp.where(alike, 1, groups)
+    blocks = lax.fori_loop(0, count, put(lambda group, _: block(group)), blocks)
+    blocks = lax.fori_loop(
+        0, count, put(lambda group, blocks: _inverse(_at(blocks, group), ridge)), blocks
+    )
+    return lax.fori_loop(1, jnp.where(alike, groups, 1), put(lambda _, blocks: blocks[0]), blocks)
 
 
 def diagonal(spread: Array, ridge: Array) -> Array:
