@@ -53,8 +53,8 @@ def plan(examples: int, width: int, classes: int, *, kept: bool) -> Plan:
     groups = classes if kept and classes > 2 else 1
     if groups * size > budget:
         groups = 1 if size <= budget else 0
-    rows = min(examples, max(examples // max(groups, 2), width))
-    price = 10 + groups * width * (rows + width) // (4 * classes * examples)
+    rows = min(examples, max(2 * examples // max(groups, 4), width))
+    price = 10 + groups * width * (rows + 8 * width) // (16 * classes * examples)
     memory = max(min(8, budget // (8 * classes * (width + 1))), 1)
     return Plan(groups, rows, price, memory)
 
