@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.lax.linalg import ormqr
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
@@ -66,16 +67,22 @@ class Standard(NamedTuple):
 
 class RowSpace(NamedTuple):
     """Parameters V, b' of the features' coordinates in an orthonormal basis Q of their rows:
-    W = V Q^T, b = b' - W mean."""
+    W = V Q^T, b = b' - W mean. Q is held as Householder reflections: to form it takes as long again
+    as to find them."""
 
-    basis: Float[Array, "features examples"]
+    reflectors: Float[Array, "features examples"]
+    taus: Float[Array, " examples"]
     mean: Float[Array, " features"]
 
     def inward(self, params: Params) -> Params:
-        return Params(params.weights @ self.basis, params.bias + params.weights @ self.mean)
+        all_coordinates = ormqr(self.reflectors, self.taus, params.weights.T, transpose=True)
+        weights = all_coordinates[: self.taus.size].T
+        return Params(weights, params.bias + params.weights @ self.mean)
 
     def outward(self, params: Params) -> Params:
-        weights = params.weights @ self.basis.T
+        missing = len(self.reflectors) - self.taus.size
+        coordinates = jnp.pad(params.weights.T, ((0, missing), (0, 0)))
+        weights = ormqr(self.reflectors, self.taus, coordinates).T
         return Params(weights, params.bias - weights @ self.mean)
 
 
@@ -87,8 +94,9 @@ def row_space(problem: Problem, *, centre: bool) -> tuple[RowSpace, Problem]:
     """
     features = problem.features.astype(problem.share.dtype)
     mean = problem.share @ features if centre else jnp.zeros_like(features[0])
-    basis, triangle = jnp.linalg.qr((features - mean).T)
-    return RowSpace(basis, mean), problem._replace(features=triangle.T)
+    reflectors, taus = jnp.linalg.qr((features - mean).T, mode="raw")
+    coordinates = jnp.tril(reflectors[:, : len(taus)])
+    return RowSpace(reflectors.T, taus, mean), problem._replace(features=coordinates)
 
 
 def view(problem: Problem, *, centre: bool) -> View:

@@ -168,7 +168,7 @@ def newton_cg(
         return state._replace(inverse=inverse, owed=jnp.where(first | due, 0, state.owed))
 
     def direction(state: State, at: Curvature, wanted: Array, polish: Array) -> Progress:
-        """The Newton step, or that of the bias alone."""
+        """Minus the Newton step, or minus that of the bias alone."""
         value = state.at.value
         product = hessian(state, at)
         varied = ~polish | (jnp.arange(width + 1) == width)
@@ -195,7 +195,7 @@ def newton_cg(
             return wanted & ~enough & ~certified & (cg.steps < most)
 
         memory = jax.tree.map(jnp.zeros_like, state.memory)
-        return conjugate_gradient(product, precondition, -state.at.gradient, proceed, memory)
+        return conjugate_gradient(product, precondition, state.at.gradient, proceed, memory)
 
     def line_search(point: Point, step: Array, decrement: Array) -> tuple[Point, Array]:
         """The first of the lengths 1, 1/2, 1/4, ... that makes the objective fall enough."""
@@ -207,7 +207,7 @@ def newton_cg(
 
         def shorten(carry: tuple[Point, Array, Array]) -> tuple[Point, Array, Array]:
             _, length, tries = carry
-            return evaluate(point.table + length / 2 * step), length / 2, tries + 1
+            return evaluate(point.table - length / 2 * step), length / 2, tries + 1
 
         nowhere = point._replace(value=jnp.full_like(point.value, jnp.nan))
         new, _, tries = lax.while_loop(proceed, shorten, (nowhere, jnp.full((), 2, wide), zero))
