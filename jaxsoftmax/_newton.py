@@ -88,7 +88,8 @@ def newton_cg(
     gradient in the dtype of the problem.
 
     The preconditioner is made anew when the products since cost as much as it does: so it never
-    costs more than they do.
+    costs more than they do. Directions of the step before correct it, whose Hessian is much the
+    same.
 
     Where l2 > 0 the duality gap certifies the result. It holds at the optimal bias, so before the
     end the bias alone takes Newton steps. Where l2 = 0 it is half the squared Newton decrement.

@@ -7,7 +7,12 @@ import pytest
 
 from jaxsoftmax import Params, _coordinates, _preconditioner
 from jaxsoftmax import objective as objective_module
-from jaxsoftmax._conjugate_gradient import Progress, conjugate_gradient
+from jaxsoftmax._conjugate_gradient import (
+    Progress,
+    conjugate_gradient,
+    empty_memory,
+    informed,
+)
 from jaxsoftmax._implicit import solve_hessian
 from jaxsoftmax._newton import newton_cg
 from jaxsoftmax.objective import Problem, curvature, make_problem, objective, value_and_gradient
@@ -153,6 +158,40 @@ def test_conjugate_gradients_solve_a_system_and_its_decrement() -> None:
     broken = conjugate_gradient(lambda v: -v, lambda v: v, b, proceed)
     assert broken.broken
     assert not broken.x.any()
+
+
+def test_remembered_directions_make_the_preconditioner_exact_along_them() -> None:
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(6, 6))
+    matrix, b = jnp.asarray(root @ root.T + np.eye(6), WIDE), jnp.asarray(rng.normal(size=6), WIDE)
+    memory = empty_memory(3, b, WIDE)
+    close(informed(lambda v: 2 * v, memory)(b), 2 * b)
+    found = conjugate_gradient(
+        lambda v: matrix @ v, lambda v: v, b, lambda at: at.steps < 5, memory
+    ).memory
+    assert found is not None
+    directions, images = found
+    close(directions @ matrix @ directions.T, jnp.eye(3), 1e5)
+    close(images, directions @ matrix, 1e4)
+    corrected = informed(lambda v: v, found)
+    for direction, image in zip(directions, images, strict=True):
+        close(corrected(image), direction, 1e5)
+    dense = jax.vmap(corrected)(jnp.eye(6, dtype=WIDE))
+    close(dense, dense.T, 1e4)
+    assert jnp.linalg.eigvalsh(dense).min() > 0
+
+
+def test_the_space_of_the_rows_has_the_same_objective() -> None:
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal(size=(EXAMPLES, 50)) + 1, WIDE)
+    wide = problem()._replace(features=features)
+    rows, inner = _coordinates.row_space(wide, centre=True)
+    assert inner.features.shape == (EXAMPLES, EXAMPLES)
+    weights = jnp.asarray(rng.normal(size=(CLASSES, EXAMPLES)), WIDE)
+    there = Params(weights, jnp.arange(CLASSES, dtype=WIDE))
+    here = rows.outward(there)
+    close(objective(here, wide), objective(there, inner), 1e4)
+    jax.tree.map(lambda a, b: close(a, b, 1e4), rows.inward(here), there)
 
 
 @pytest.mark.parametrize("fit_bias", [True, False])
