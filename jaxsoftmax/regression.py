@@ -1,7 +1,8 @@
 """Softmax regression: multinomial logistic regression fitted to a certified optimum."""
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,19 @@ from jaxsoftmax.objective import (
 from jaxsoftmax.solvers import Fit, Status, lbfgs
 
 SOLVERS = ("auto", "newton_cg", "lbfgs")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _precise(f: _Function) -> _Function:
+    """f with products of matrices in the whole precision of their dtype, which on a GPU or a TPU is
+    not the default: a certificate needs it."""
+
+    @wraps(f)
+    def precise(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return f(*args, **kwargs)
+
+    return cast(_Function, precise)
 
 
 def fit(
@@ -139,6 +153,7 @@ def fit(
 
 
 @partial(jax.jit, static_argnames=("num_classes", "fit_bias", "solver"))
+@_precise
 def _fit(
     features: Array,
     labels: Array,
@@ -192,6 +207,7 @@ def _optimum(
 
 
 @_optimum.defjvp
+@_precise
 def _optimum_jvp(fit_bias: bool, solver: str, primals: Any, tangents: Any) -> tuple[Fit, Fit]:
     """At the optimum the gradient g is 0 whatever the problem: H dW = -dg, with dg at fixed W."""
     problem = primals[0]
@@ -282,6 +298,7 @@ def diverging_weights(
 
 
 @partial(jax.jit, static_argnames="fit_bias")
+@_precise
 def _diverging(params: Params, problem: Problem, fit_bias: bool) -> Params:
     params = params._replace(bias=jnp.where(params.bias == -jnp.inf, 0, params.bias))
     _, gradient = value_and_gradient(params, problem)

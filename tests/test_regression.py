@@ -436,6 +436,22 @@ def test_second_derivatives_of_a_fit_equal_finite_differences() -> None:
 
 
 @pytest.mark.single
+def test_products_have_full_precision_on_every_device() -> None:
+    features, labels = data()
+
+    def size(features: jax.Array, solver: str) -> jax.Array:
+        result = fit(features, labels, num_classes=CLASSES, l2=L2, solver=solver)
+        return jnp.sum(result.params.weights**2)
+
+    for f in (size, jax.grad(size)):
+        for solver in ("newton_cg", "lbfgs"):
+            program = str(jax.make_jaxpr(f, static_argnums=1)(features, solver))
+            products = program.split("dot_general[")[1:]
+            precise = ["Precision.HIGHEST" in product[:400].split("] ")[0] for product in products]
+            assert precise
+            assert all(precise)
+
+
 def test_derivatives_of_a_fit_under_vmap_equal_a_loop() -> None:
     features, labels = data()
 
