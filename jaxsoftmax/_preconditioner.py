@@ -46,7 +46,7 @@ def plan(examples: int, width: int, classes: int, *, kept: bool) -> Plan:
     classes the blocks are equal, and one block is the whole Hessian.
 
     Making the factors took as long as 66 products on 10000 rows of Fashion-MNIST, 24 on all 60000,
-    36 on DNA, 27 on the digits, 23 on letter, 14 on satellite, 9 on 100000 x 100.
+    36 on DNA, 27 on the digits, 23 on letter, 14 on satellite.
 
     8 directions of conjugate gradients save as many products as 64: a sixth on Fashion-MNIST, half
     with standardised columns, none where a fit takes few.
