@@ -56,13 +56,14 @@ def conjugate_gradient(
         broken = ~(curvature > 0)
         curvature = jnp.where(broken, 1, curvature)
         alpha = jnp.where(broken, 0, at.squared / curvature)
+        scale = jnp.where(broken, 0, lax.rsqrt(curvature))
         return at._replace(
             x=at.x + alpha * at.direction,
             residual=at.residual - alpha * image,
             decrement=at.decrement + alpha * at.squared,
             steps=at.steps + 1,
             broken=broken,
-            memory=_written(at.memory, at.steps, at.direction, image, lax.rsqrt(curvature)),
+            memory=_written(at.memory, at.steps, at.direction, image, scale),
         )
 
     def advance(at: Progress) -> Progress:

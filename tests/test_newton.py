@@ -15,6 +15,7 @@ from jaxsoftmax._conjugate_gradient import (
 )
 from jaxsoftmax._implicit import solve_hessian
 from jaxsoftmax._newton import newton_cg
+from jaxsoftmax.certificate import gap_scale
 from jaxsoftmax.objective import Problem, curvature, make_problem, objective, value_and_gradient
 from jaxsoftmax.solvers import Status
 from tests.helpers import WIDE, eps
@@ -155,9 +156,13 @@ def test_conjugate_gradients_solve_a_system_and_its_decrement() -> None:
     expected = jnp.linalg.solve(matrix, b)
     close(found.x, expected, 1e4)
     close(found.decrement, b @ expected, 1e4)
-    broken = conjugate_gradient(lambda v: -v, lambda v: v, b, proceed)
+    memory = empty_memory(2, b, WIDE)
+    broken = conjugate_gradient(lambda v: -v, lambda v: v, b, proceed, memory)
     assert broken.broken
     assert not broken.x.any()
+    assert broken.memory is not None
+    assert not broken.memory.directions.any()
+    assert not broken.memory.images.any()
 
 
 def test_remembered_directions_make_the_preconditioner_exact_along_them() -> None:
@@ -192,6 +197,11 @@ def test_the_space_of_the_rows_has_the_same_objective() -> None:
     here = rows.outward(there)
     close(objective(here, wide), objective(there, inner), 1e4)
     jax.tree.map(lambda a, b: close(a, b, 1e4), rows.inward(here), there)
+
+
+def test_a_penalty_that_underflows_still_counts_in_the_gap() -> None:
+    root = jnp.array([1e-24, 0.5, 0.0], jnp.float32)  # of penalties, the first of which underflows
+    np.testing.assert_allclose(gap_scale(root), [0.5**0.5 * 1e24, 2**0.5, 0], 1e-6)
 
 
 @pytest.mark.parametrize("fit_bias", [True, False])
