@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from jaxsoftmax import _coordinates, _preconditioner, certificate
 from jaxsoftmax._conjugate_gradient import (
@@ -17,20 +18,25 @@ from jaxsoftmax._conjugate_gradient import (
     informed,
     once,
 )
+from jaxsoftmax._coordinates import Standard, View
 from jaxsoftmax.objective import (
     Curvature,
     Params,
     Problem,
     curvature,
     in_blocks,
+    thinned,
     value_and_gradient,
 )
 from jaxsoftmax.solvers import RUNNING, Fit, Status
 
 _FAST = jnp.float32  # the dtype of products with the Hessian and of the preconditioner
 _FORCING = 0.3  # the accuracy of a Newton step, far from the optimum
+_LEAST_FORCING = 1e-3
+_SAMPLED_FORCING = 0.1  # the Hessian of a sample deserves no more
 _LEAST = 10  # steps of conjugate gradients that a preconditioner is kept for, though it is paid for
 _MOST = 500
+_ROUGH = 1e-4  # relative decrement down to which a float32 objective will do
 _HALVINGS = 30
 _POLISHES = 3  # steps of the bias alone before the end
 _IDLE = 2  # steps without progress after which it has stalled
@@ -53,13 +59,16 @@ class State(NamedTuple):
       gap: bound on objective - minimum there, if it is known.
       inverse: the preconditioner.
       memory: directions of the last step's conjugate gradients, which correct it.
-      owed: products since it was made, -1 before there is one.
+      owed: products since it was made, those with a sample's Hessian in proportion; -1 before.
+      rough: whether the point was evaluated in float32, though the problem has float64.
+      sampled: whether the Hessian is that of a sample of the examples.
       exact: whether products are computed in the dtype of the problem.
       drop: the squared decrement of the last step, relative to the objective.
       idle: steps in a row without progress.
       polished: steps of the bias alone, in a row.
       iterations: Newton steps, -1 before the first point is evaluated.
-      products: gradients and products with the Hessian so far: each reads the features twice.
+      products: gradients and products with the Hessian so far, which read the features twice each;
+        those with a sample's Hessian in proportion.
       status: a `Status`, or RUNNING.
     """
 
@@ -68,6 +77,8 @@ class State(NamedTuple):
     inverse: Array
     memory: Memory
     owed: Array
+    rough: Array
+    sampled: Array
     exact: Array
     drop: Array
     idle: Array
@@ -87,6 +98,9 @@ def newton_cg(
     with standard columns in float32, as long as that allows progress; the objective and its
     gradient in the dtype of the problem.
 
+    Where there are many more examples than parameters, the Hessian of a sample gives the steps, as
+    long as each of them leaves a quarter of the decrement at most.
+
     The preconditioner is made anew when the products since cost as much as it does: so it never
     costs more than they do. Directions of the step before correct it, whose Hessian is much the
     same.
@@ -105,7 +119,9 @@ def newton_cg(
       The fit, and the number of gradients and products with the Hessian that it took.
 
     Reference:
-      Nocedal, Wright (2006), Numerical Optimization, algorithm 7.1.
+      Nocedal, Wright (2006), Numerical Optimization, algorithm 7.1. Byrd, Chin, Neveitt, Nocedal
+      (2011), On the use of stochastic Hessian information in optimization methods for machine
+      learning, SIAM Journal on Optimization 21.
     """
     if problem.features.shape[1] > problem.features.shape[0]:
         rows, inner = _coordinates.row_space(problem, centre=fit_bias)
@@ -119,7 +135,6 @@ def newton_cg(
     exact = fast if wide == _FAST else view
     examples, width = problem.features.shape
     classes = init.bias.size
-    slack = 4 * jnp.finfo(wide).eps
     zero, infinite = jnp.zeros((), jnp.int32), jnp.full((), jnp.inf, wide)
 
     penalised = problem.l2 > 0
@@ -128,15 +143,32 @@ def newton_cg(
 
     free = _coordinates.projection(problem, classes, fit_bias=fit_bias)
 
-    def evaluate(table: Array) -> Point:
-        value, slope = value_and_gradient(exact.params(table), exact.problem)
-        gradient = free(exact.table(slope))
+    def evaluate(table: Array, rough: Array) -> Point:
+        def evaluated_with(of: View | Standard, dtype: DTypeLike) -> tuple[Array, Array]:
+            value, slope = value_and_gradient(of.params(table.astype(dtype)), of.problem)
+            return value.astype(wide), of.table(slope).astype(wide)
+
+        fine = partial(evaluated_with, exact, wide)
+        coarse = partial(evaluated_with, fast, _FAST)
+        value, slope = lax.cond(rough, coarse, fine) if roughly else fine()
+        gradient = free(slope)
         return Point(table, value, gradient, certificate.weights_gap(gradient, gap_scale))
 
-    def hessian(state: State, at: Curvature) -> Callable[[Array], Array]:
-        def fast_product(table: Array) -> Array:
-            image = at.product(fast.params(table.astype(_FAST)))
-            return fast.table(image).astype(wide)
+    def hessian(state: State, at: Curvature, coarse: Array) -> Callable[[Array], Array]:
+        def product_of(here: Curvature) -> Callable[[Array], Array]:
+            def product(table: Array) -> Array:
+                image = here.product(fast.params(table.astype(_FAST)))
+                return fast.table(image).astype(wide)
+
+            return product
+
+        fast_product = product_of(at)
+        if sample is not None:
+            few = product_of(curvature(fast.params(state.at.table.astype(_FAST)), sample))
+            all_of_them = fast_product
+
+            def fast_product(table: Array) -> Array:
+                return lax.cond(coarse, few, all_of_them, table)
 
         def exact_product(table: Array) -> Array:
             here = curvature(exact.params(state.at.table), exact.problem)
@@ -147,13 +179,12 @@ def newton_cg(
         return lambda table: lax.cond(state.exact, exact_product, fast_product, table)
 
     plan = _preconditioner.plan(examples, width, classes, kept=not in_blocks(classes, fast.problem))
+    roughly = plan.large and exact is not fast
+    sample = thinned(fast.problem, plan.stride) if plan.stride > 1 else None
+    mean = _preconditioner.covariance(sample or fast.problem) if plan.groups else None
 
-    mean = _preconditioner.covariance(fast.problem) if plan.groups else None
-
-    def preconditioner(state: State, at: Curvature, wanted: Array) -> State:
+    def preconditioner(state: State, at: Curvature, first: Array, due: Array) -> State:
         """The classes are alike at first, so their first one is shared."""
-        first = wanted & (state.owed < 0)
-        due = wanted & (state.owed >= plan.price)
         spread = at.spread
         if plan.groups != classes:
             spread = jnp.mean(spread, 0, keepdims=True)
@@ -168,10 +199,12 @@ def newton_cg(
         inverse = once(first | due, make, state.inverse)
         return state._replace(inverse=inverse, owed=jnp.where(first | due, 0, state.owed))
 
-    def direction(state: State, at: Curvature, wanted: Array, polish: Array) -> Progress:
+    def direction(
+        state: State, at: Curvature, wanted: Array, polish: Array, coarse: Array
+    ) -> Progress:
         """Minus the Newton step, or minus that of the bias alone."""
         value = state.at.value
-        product = hessian(state, at)
+        product = hessian(state, at, coarse)
         varied = ~polish | (jnp.arange(width + 1) == width)
 
         corrected = informed(partial(_preconditioner.apply, state.inverse), state.memory)
@@ -181,24 +214,30 @@ def newton_cg(
             preconditioned = corrected(residual.astype(_FAST)).astype(wide)
             return jnp.where(varied, free(preconditioned), 0)
 
-        forcing = jnp.clip(jnp.sqrt(state.drop) / 2, 1e-3, _FORCING)
+        least = jnp.where(coarse, _SAMPLED_FORCING, _LEAST_FORCING)
+        forcing = jnp.clip(jnp.sqrt(state.drop) / 2, least, _FORCING)
         # With a new preconditioner it goes on; an old one is replaced once that is paid for.
-        most = jnp.maximum(plan.price - state.owed, _LEAST)
+        most = jnp.maximum((plan.price - state.owed) / cost(coarse), _LEAST)
         most = jnp.where(state.owed > 0, most, _MOST)
 
         def proceed(cg: Progress) -> Array:
             # Without a penalty the decrement is the certificate, and so is found well.
             small = ~penalised & (cg.decrement / 2 <= tol * value)
-            accuracy = jnp.where(polish, 0.1, jnp.where(small, 1e-3, forcing))
+            accuracy = jnp.where(polish, 0.1, jnp.where(small, _LEAST_FORCING, forcing))
             enough = cg.squared <= accuracy**2 * cg.first
             gap = certificate.weights_gap(cg.residual, gap_scale)
             certified = penalised & ~polish & (gap <= tol / 2 * value)
-            return wanted & ~enough & ~certified & (cg.steps < most)
+            return wanted & ~enough & ~certified & (cg.steps.astype(_FAST) < most)
 
         memory = jax.tree.map(jnp.zeros_like, state.memory)
         return conjugate_gradient(product, precondition, state.at.gradient, proceed, memory)
 
-    def line_search(point: Point, step: Array, decrement: Array) -> tuple[Point, Array]:
+    def cost(coarse: Array) -> Array:
+        return jnp.where(coarse, jnp.asarray(1 / plan.stride, _FAST), 1)
+
+    def line_search(
+        point: Point, step: Array, decrement: Array, slack: Array, rough: Array
+    ) -> tuple[Point, Array]:
         """The first of the lengths 1, 1/2, 1/4, ... that makes the objective fall enough."""
 
         def proceed(carry: tuple[Point, Array, Array]) -> Array:
@@ -208,7 +247,7 @@ def newton_cg(
 
         def shorten(carry: tuple[Point, Array, Array]) -> tuple[Point, Array, Array]:
             _, length, tries = carry
-            return evaluate(point.table - length / 2 * step), length / 2, tries + 1
+            return evaluate(point.table - length / 2 * step, rough), length / 2, tries + 1
 
         nowhere = point._replace(value=jnp.full_like(point.value, jnp.nan))
         new, _, tries = lax.while_loop(proceed, shorten, (nowhere, jnp.full((), 2, wide), zero))
@@ -217,22 +256,28 @@ def newton_cg(
     def advance(state: State) -> State:
         point = state.at
         started = state.iterations >= 0
-        at = curvature(fast.params(point.table.astype(_FAST)), fast.problem)
         ending = (state.iterations >= max_iter) | (state.idle >= _IDLE)
-        near = (point.weights_gap <= tol * point.value) & (state.polished < _POLISHES)
+        near = (
+            ~state.rough & (point.weights_gap <= tol * point.value) & (state.polished < _POLISHES)
+        )
         polish = started & penalised & (near | ending)
 
         finite = jnp.isfinite(point.value + jnp.sum(point.gradient))
         separable = certificate.separates(point.value, problem)
-        separated = separable & ((point.value <= tol) | ending)
+        separated = separable & ~state.rough & ((point.value <= tol) | ending)
         wanted = started & finite & ~separated & (~ending | polish | ~penalised)
-        state = preconditioner(state, at, wanted)
-        cg = direction(state, at, wanted, polish)
+        coarse = state.sampled & ~polish & ~ending
+        first = wanted & (state.owed < 0)
+        due = wanted & (state.owed >= plan.price)
+        needed = None if sample is None else first | due | (wanted & ~coarse)
+        at = curvature(fast.params(point.table.astype(_FAST)), fast.problem, needed)
+        state = preconditioner(state, at, first, due)
+        cg = direction(state, at, wanted, polish, coarse)
         decrement = jnp.where(cg.broken, jnp.inf, cg.decrement / 2)
         settled = (decrement <= 1e-3 * tol * point.value) | (state.polished + 1 >= _POLISHES)
         gap = jnp.where(penalised, point.weights_gap, 0) + decrement
         gap = jnp.where(separable, point.value, gap)
-        known = ~penalised | polish & settled
+        known = ~coarse & ~state.rough & (~penalised | polish & settled)
         gap = jnp.where(known, gap, jnp.inf)
         status = zero + RUNNING
         for holds, found in (  # the last that holds counts
@@ -240,18 +285,28 @@ def newton_cg(
             (known & (state.iterations >= max_iter), Status.MAX_ITER),
             (gap <= tol * point.value, Status.CONVERGED),
             (separated, Status.SEPARABLE),
-            (~finite, Status.DIVERGED),
+            (~finite & ~state.rough, Status.DIVERGED),
         ):
             status = jnp.where(started & holds, found, status)
         running = status == RUNNING
+        passes = cg.steps.astype(_FAST) * cost(coarse)
         remembered = (cg.steps > 0) & ~polish
+        far = cg.decrement > jnp.maximum(tol, _ROUGH) * point.value
+        far &= ~separable & (state.idle == 0) & (state.iterations + 1 < max_iter)
+        rough = state.rough & (far | ~started)
+        slack = jnp.asarray(4 * jnp.finfo(wide).eps, wide)
+        slack = jnp.where(state.rough, jnp.asarray(16 * jnp.finfo(_FAST).eps, wide), slack)
         new, tries = once(
             running,
-            lambda _: line_search(point, cg.x, cg.decrement),
+            lambda _: line_search(point, cg.x, cg.decrement, slack, rough),
             (point, zero),
         )
         progress = (new.value < point.value * (1 - slack)) | (
             penalised & (new.weights_gap < point.weights_gap / 2)
+        )
+        # A sample has done what it can, or must not decide that an unpenalised fit is at its end.
+        spent = (cg.decrement > state.drop * point.value / 4) | (
+            ~penalised & (decrement <= tol * point.value)
         )
         idle = jnp.where(progress | ~started, 0, jnp.where(polish, state.idle, state.idle + 1))
         switch = (idle >= _IDLE) & ~state.exact & (exact is not fast)
@@ -262,13 +317,15 @@ def newton_cg(
             memory=jax.tree.map(
                 lambda new, old: jnp.where(remembered, new, old), cg.memory, state.memory
             ),
-            owed=state.owed + cg.steps,
+            owed=state.owed + passes,
+            rough=rough,
+            sampled=state.sampled & ~(started & spent & ~polish) & ~switch,
             exact=state.exact | switch,
             drop=jnp.where(started & ~polish, cg.decrement / point.value, state.drop),
             idle=jnp.where(switch, 0, idle),
             polished=jnp.where(polish, state.polished + 1, 0),
             iterations=jnp.where(running & ~polish, state.iterations + 1, state.iterations),
-            products=state.products + cg.steps + tries,
+            products=state.products + passes + tries.astype(_FAST),
             status=status,
         )
 
@@ -279,13 +336,15 @@ def newton_cg(
         gap=infinite,
         inverse=jnp.zeros(shape if plan.groups else shape[:2], _FAST),
         memory=empty_memory(plan.memory, table, _FAST),
-        owed=zero - 1,
+        owed=jnp.full((), -1, _FAST),
+        rough=jnp.asarray(roughly) & (max_iter > 0),
+        sampled=jnp.full((), plan.stride > 1),
         exact=jnp.zeros((), bool),
-        drop=jnp.ones((), wide),
+        drop=infinite,
         idle=zero,
         polished=zero,
         iterations=zero - 1,
-        products=zero,
+        products=jnp.zeros((), _FAST),
         status=zero + RUNNING,
     )
     end: State = lax.while_loop(lambda state: state.status == RUNNING, advance, start)

@@ -169,15 +169,24 @@ class Curvature(NamedTuple):
     bias: Callable[[], Float[Array, "classes classes"]]
 
 
-def curvature(params: Params, problem: Problem) -> Curvature:
-    """The Hessian at `params`. The probabilities are kept if there are not too many of them."""
+def curvature(params: Params, problem: Problem, wanted: Array | None = None) -> Curvature:
+    """The Hessian at `params`. The probabilities are kept if there are not too many of them.
+
+    Where not `wanted`, it costs little and means nothing.
+    """
     size = _block_size(params, problem)
+
+    def logits(rows: Problem) -> Array:
+        if wanted is None:
+            return _logits(params, rows)
+        nothing = jnp.zeros((params.bias.size, len(rows.share)), params.bias.dtype)
+        return lax.cond(wanted, lambda: _logits(params, rows), lambda: nothing)
 
     def probabilities(rows: Problem) -> tuple[Array, Callable[[Array], Array]]:
         where = _column(rows.classes)
         p: Array
         change: Callable[[Array], Array]
-        p, change = jax.linearize(lambda z: softmax(z, 0, where=where), _logits(params, rows))
+        p, change = jax.linearize(lambda z: softmax(z, 0, where=where), logits(rows))
         return p, change
 
     def weighted(rows: Problem, change: Callable[[Array], Array], v: Params) -> Params:
@@ -267,6 +276,27 @@ def map_rows(f: Callable[[Problem], Array], problem: Problem, size: int) -> Arra
         return lax.dynamic_update_slice_in_dim(values, f(rows), start, 0)
 
     return lax.fori_loop(0, -(-examples // size), put, jnp.zeros_like(problem.share))
+
+
+def thinned(problem: Problem, stride: int) -> Problem:
+    """One example of each `stride` successive ones, which counts for all of them.
+
+    It is another one each time, lest order in the data be met by order in the choice: the number of
+    the group times the golden ratio of 2^32, whose upper bits look like chance.
+    """
+    group = jnp.arange(problem.features.shape[0] // stride, dtype=jnp.uint32)
+    chosen = (group * jnp.uint32(2654435769)) >> jnp.uint32(16)
+    index = group * jnp.uint32(stride) + chosen % jnp.uint32(stride)
+
+    def take(value: Array, axis: int = -1) -> Array:
+        return jnp.take(value, index, axis, mode="clip")
+
+    return problem._replace(
+        features=take(problem.features, 0),
+        labels=take(problem.labels),
+        share=take(problem.share) * stride,
+        offset=None if problem.offset is None else take(problem.offset),
+    )
 
 
 def _rows(problem: Problem, start: Array | int, size: int) -> tuple[Problem, Array]:

@@ -16,11 +16,20 @@ from jaxsoftmax._conjugate_gradient import (
 from jaxsoftmax._implicit import solve_hessian
 from jaxsoftmax._newton import newton_cg
 from jaxsoftmax.certificate import gap_scale
-from jaxsoftmax.objective import Problem, curvature, make_problem, objective, value_and_gradient
-from jaxsoftmax.solvers import Status
+from jaxsoftmax.objective import (
+    Problem,
+    curvature,
+    make_problem,
+    objective,
+    thinned,
+    value_and_gradient,
+)
+from jaxsoftmax.solvers import Fit, Status
 from tests.helpers import WIDE, eps
 
 EXAMPLES, WIDTH, CLASSES, L2 = 30, 4, 3, 0.05
+MANY = 32 * CLASSES * WIDTH + 20  # examples of which a sample is taken
+TOL = 1e-6
 
 
 def problem(l2: float = L2, **kwargs: jax.Array) -> Problem:
@@ -45,6 +54,14 @@ def params(seed: int = 1) -> Params:
 
 def close(actual: jax.Array, expected: jax.Array, scale: float = 100) -> None:
     np.testing.assert_allclose(actual, expected, scale * eps(WIDE), scale * eps(WIDE))
+
+
+def solved(data: Problem, tol: float = TOL, max_iter: int = 50) -> tuple[Fit, float]:
+    init = Params(jnp.zeros((CLASSES, WIDTH), WIDE), jnp.zeros(CLASSES, WIDE))
+    fit, products = newton_cg(
+        data, init, fit_bias=True, tol=jnp.asarray(tol, WIDE), max_iter=jnp.asarray(max_iter)
+    )
+    return fit, float(products)
 
 
 @pytest.fixture(params=[False, True], ids=["whole", "in blocks"])
@@ -217,9 +234,91 @@ def test_the_hessian_is_solved_for(fit_bias: bool) -> None:
 
 
 def test_a_fit_takes_few_products_and_counts_them() -> None:
-    init = Params(jnp.zeros((CLASSES, WIDTH), WIDE), jnp.zeros(CLASSES, WIDE))
-    fit, products = newton_cg(
-        problem(), init, fit_bias=True, tol=jnp.asarray(1e-6, WIDE), max_iter=jnp.asarray(50)
-    )
+    fit, products = solved(problem())
     assert fit.status == Status.CONVERGED
-    assert fit.iterations < products < 60
+    assert int(fit.iterations) < products < 60
+
+
+def many(kind: str, l2: float) -> Problem:
+    """So many examples that a sample of them gives the first steps, which may mislead."""
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(MANY, WIDTH))
+    labels = (
+        features @ rng.normal(size=(WIDTH, CLASSES)) + rng.gumbel(size=(MANY, CLASSES))
+    ).argmax(1)
+    weight = np.ones(MANY)
+    if kind == "in turns":  # of every 4 examples each is of another kind
+        features *= np.array([1, 10, 1, 0.1])[np.arange(MANY) % 4, None]
+    if kind == "rare column":
+        features[:, 1] = np.arange(MANY) % (MANY // 3) == 0
+    if kind == "few of weight":
+        weight[50:] = 0
+    if kind == "unequal weights":
+        weight = np.exp(3 * rng.normal(size=MANY))
+    return make_problem(
+        jnp.asarray(features, WIDE),
+        jnp.asarray(labels),
+        l2=jnp.asarray(l2, WIDE),
+        sample_weight=jnp.asarray(weight, WIDE),
+    )
+
+
+@pytest.mark.parametrize("l2", [1e-3, 0])
+@pytest.mark.parametrize(
+    "kind", ["plain", "in turns", "rare column", "few of weight", "unequal weights"]
+)
+def test_a_fit_that_starts_from_a_sample_ends_at_the_same_optimum(
+    kind: str, l2: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = many(kind, l2)
+    expected, all_products = solved(data, 1e-10 if jnp.float64 == WIDE else TOL)
+    monkeypatch.setattr(_preconditioner, "_LARGE", 0)
+    found, products = solved(data)
+    assert found.status == expected.status == Status.CONVERGED
+    rounding = 10 * eps(WIDE)
+    gap = found.gap if l2 > 0 else 1.01 * found.gap  # which is an estimate then
+    assert found.objective * (1 - gap - rounding) <= expected.objective
+    assert found.objective <= expected.objective * (1 + TOL + rounding)
+    # What is reported is of the whole problem, in its own dtype.
+    close(found.objective, objective(found.params, data))
+    if kind == "plain":
+        assert products < all_products
+
+
+@pytest.mark.parametrize("max_iter", [0, 1, 3])
+@pytest.mark.parametrize("l2", [1e-3, 0])
+def test_a_fit_that_is_cut_short_reports_the_whole_problem(
+    max_iter: int, l2: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = many("plain", l2)
+    best = solved(data)[0].objective
+    monkeypatch.setattr(_preconditioner, "_LARGE", 0)
+    fit, _ = solved(data, max_iter=max_iter)
+    assert fit.status == Status.MAX_ITER
+    assert fit.iterations == max_iter
+    close(fit.objective, objective(fit.params, data))
+    if l2 > 0:
+        assert fit.objective * (1 - fit.gap) <= best
+
+
+def test_separable_classes_are_noticed_from_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_preconditioner, "_LARGE", 0)
+    data = many("plain", 0)
+    labels = jnp.argmax(data.features[:, :CLASSES], 1)
+    fit, _ = solved(data._replace(labels=labels), max_iter=100)
+    assert fit.status == Status.SEPARABLE
+    close(fit.objective, objective(fit.params, data._replace(labels=labels)))
+
+
+@pytest.mark.usefixtures("blocks")
+def test_a_sample_has_one_example_of_each_group() -> None:
+    data = problem()._replace(features=jnp.arange(30 * WIDTH, dtype=WIDE).reshape(30, WIDTH))
+    few = thinned(data, 4)
+    chosen = few.features[:, 0].astype(int) // WIDTH
+    np.testing.assert_array_equal(chosen // 4, np.arange(7))
+    assert len(set(np.asarray(chosen % 4))) > 2
+    close(few.share, 4 * data.share[chosen])
+    np.testing.assert_array_equal(few.labels, data.labels[chosen])
+    assert few.offset is not None
+    assert data.offset is not None
+    close(few.offset, data.offset[:, chosen])

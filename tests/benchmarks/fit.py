@@ -196,7 +196,7 @@ def products_of(data: Data, dtype: str) -> tuple[int, int, str]:
             problem, init, fit_bias=True, tol=jnp.asarray(GAP, dtype), max_iter=jnp.asarray(100)
         )
     )(problem, init)
-    return int(result.iterations), int(products), Status(int(result.status)).name
+    return int(result.iterations), round(float(products)), Status(int(result.status)).name
 
 
 def seconds_of_a_product(data: Data) -> float:
