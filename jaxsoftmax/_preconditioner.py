@@ -106,9 +106,9 @@ def factorise(
 
     def block(group: Array) -> Array:
         weight, index = lax.top_k(_at(spread, group), rows)
-        weight = jnp.where(alike, 0, weight)
         left = jnp.where(alike, jnp.mean(total), _at(total, group) - jnp.sum(weight))
-        return _gathered(problem.features, index, weight) + jnp.maximum(left, 0) * mean
+        chosen = _gathered(problem.features, index, weight, wanted=~jnp.asarray(alike))
+        return chosen + jnp.maximum(left, 0) * mean
 
     def put(made: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
         return lambda group, blocks: lax.dynamic_update_index_in_dim(
@@ -144,19 +144,19 @@ def _at(values: Array, index: Array) -> Array:
     return lax.dynamic_index_in_dim(values, index, keepdims=False)
 
 
-def _gathered(features: Array, index: Array, weight: Array) -> Array:
-    """`_product` of some rows, a block of them at a time."""
+def _gathered(features: Array, index: Array, weight: Array, wanted: Array) -> Array:
+    """`_product` of some rows, a block of them at a time; 0 if it is not `wanted`."""
     count = -(-index.size // _ROWS)
     padding = (0, -index.size % count)
-
-    def add(total: Array, rows: tuple[Array, ...]) -> tuple[Array, None]:
-        own = features.at[rows[0]].get(mode="promise_in_bounds")
-        return total + _product(own, rows[1]), None
-
-    blocks = tuple(jnp.pad(v, padding).reshape(count, -1) for v in (index, weight))
+    indices, weights = (jnp.pad(v, padding).reshape(count, -1) for v in (index, weight))
     width = features.shape[1] + 1
-    total: Array = lax.scan(add, jnp.zeros((width, width), features.dtype), blocks)[0]
-    return total
+
+    def add(i: Array, total: Array) -> Array:
+        own = features.at[_at(indices, i)].get(mode="promise_in_bounds")
+        return total + _product(own, _at(weights, i))
+
+    zero = jnp.zeros((width, width), features.dtype)
+    return lax.fori_loop(0, jnp.where(wanted, count, 0), add, zero)
 
 
 def _product(features: Array, weight: Array) -> Array:

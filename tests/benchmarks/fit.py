@@ -7,6 +7,7 @@ of its parameters, computed in float64; best is the least objective that any of 
 them `fit` in float64 with tol=1e-11. Each peer goes through tolerances from loose to tight, in
 float32 and float64, until its gap is at most 1e-7 or one run takes more than `--limit` seconds; it
 enters the comparison with its fastest run of a gap of at most 1e-6, timed again in turns with ours.
+Where no peer gets there the ratio is inf, and left out of the mean.
 
 Compilation is reported apart, as the time of the first call less that of a later one. "products"
 are the gradients and products with the Hessian that the fit took, each of which is two matrix
@@ -20,6 +21,7 @@ and y, raw (bytes are divided by 255 if they go that far) and with standardised 
 import argparse
 import importlib
 import importlib.util
+import math
 import statistics
 import time
 import warnings
@@ -255,7 +257,8 @@ def report(data: Data, limit: float) -> tuple[dict[str, list[tuple[float, float]
     calls = {name: result.call for name, result in reached.items()}
     once = sum(result.seconds for result in reached.values())
     seconds = medians(calls, repeats=2 if once > 20 else 5, least=0.1)
-    peer = min(s for name, s in seconds.items() if not name.startswith("jaxsoftmax"))
+    of_peers = (s for name, s in seconds.items() if not name.startswith("jaxsoftmax"))
+    peer = min(of_peers, default=math.inf)
     ratios = []
     for name, result in reached.items():
         line = f"  {name:36} {seconds[name]:9.4f} s  gap {result.objective / best - 1:7.1e}"
@@ -325,7 +328,8 @@ def main() -> None:
         if arguments.only and data.name not in arguments.only:
             continue
         curves[data.name], found = report(data, arguments.limit)
-        ratios.append(found)
+        if math.isfinite(max(found)):
+            ratios.append(found)
     for dtype, column in zip(DTYPES, zip(*ratios, strict=True), strict=True):
         print(
             f"\nbest peer / ours, {dtype}: geometric mean {statistics.geometric_mean(column):.2f}, "
