@@ -26,19 +26,15 @@ def solve_hessian(params: Params, problem: Problem, right: Params, *, fit_bias: 
     at = curvature(fast.params(view.table_of(params)), fast.problem)
     ridge = jnp.append(fast.problem.l2, 0 if fit_bias else 1)
     plan = _preconditioner.plan(examples, width, classes, kept=not in_blocks(classes, problem))
-    if plan.groups == 0 or width > examples:
-        factor = _preconditioner.diagonal(jnp.mean(at.spread, 0, keepdims=True), ridge)
-    else:
-        spread = at.spread if plan.groups == classes else jnp.mean(at.spread, 0, keepdims=True)
-        mean = _preconditioner.covariance(fast.problem)
-        factor = _preconditioner.factorise(fast.problem, spread, mean, ridge, plan.rows)
-    factor = lax.stop_gradient(factor)
+    mean = _preconditioner.covariance(fast.problem) if plan.groups and width <= examples else None
+    inverse = _preconditioner.inverse(fast.problem, at.spread, mean, ridge, plan)
+    inverse = lax.stop_gradient(inverse)
 
     def product(table: Array) -> Array:
         return free(fast.table(at.product(fast.params(free(table)))))
 
     def precondition(residual: Array) -> Array:
-        return free(_preconditioner.apply(factor, free(residual)))
+        return free(_preconditioner.apply(inverse, free(residual)))
 
     def proceed(cg: Progress) -> Array:
         accuracy = 10 * jnp.finfo(dtype).eps

@@ -61,7 +61,7 @@ class State(NamedTuple):
       memory: directions of the last step's conjugate gradients, which correct it.
       owed: products since it was made, those with a sample's Hessian in proportion; -1 before.
       rough: whether the point was evaluated in float32, though the problem has float64.
-      sampled: whether the Hessian is that of a sample of the examples.
+      sampled: whether steps are taken with the Hessian of a sample of the examples.
       exact: whether products are computed in the dtype of the problem.
       drop: the squared decrement of the last step, relative to the objective.
       idle: steps in a row without progress.
@@ -96,7 +96,7 @@ def newton_cg(
     A step d solves :math:`H d = -\nabla f` up to a part of the gradient that falls with the
     decrement, or until the gradient that is left would certify `tol`. Products with H are computed
     with standard columns in float32, as long as that allows progress; the objective and its
-    gradient in the dtype of the problem.
+    gradient in the dtype of the problem, but of a large problem far from the optimum in float32.
 
     Where there are many more examples than parameters, the Hessian of a sample gives the steps, as
     long as each of them leaves a quarter of the decrement at most.
@@ -144,17 +144,17 @@ def newton_cg(
     free = _coordinates.projection(problem, classes, fit_bias=fit_bias)
 
     def evaluate(table: Array, rough: Array) -> Point:
-        def evaluated_with(of: View | Standard, dtype: DTypeLike) -> tuple[Array, Array]:
+        def evaluated(of: View | Standard, dtype: DTypeLike) -> tuple[Array, Array]:
             value, slope = value_and_gradient(of.params(table.astype(dtype)), of.problem)
             return value.astype(wide), of.table(slope).astype(wide)
 
-        fine = partial(evaluated_with, exact, wide)
-        coarse = partial(evaluated_with, fast, _FAST)
-        value, slope = lax.cond(rough, coarse, fine) if roughly else fine()
+        exactly = partial(evaluated, exact, wide)
+        roughly = partial(evaluated, fast, _FAST)
+        value, slope = lax.cond(rough, roughly, exactly) if may_be_rough else exactly()
         gradient = free(slope)
         return Point(table, value, gradient, certificate.weights_gap(gradient, gap_scale))
 
-    def hessian(state: State, at: Curvature, coarse: Array) -> Callable[[Array], Array]:
+    def hessian(state: State, at: Curvature, thin: Array) -> Callable[[Array], Array]:
         def product_of(here: Curvature) -> Callable[[Array], Array]:
             def product(table: Array) -> Array:
                 image = here.product(fast.params(table.astype(_FAST)))
@@ -162,49 +162,44 @@ def newton_cg(
 
             return product
 
-        fast_product = product_of(at)
-        if sample is not None:
-            few = product_of(curvature(fast.params(state.at.table.astype(_FAST)), sample))
-            all_of_them = fast_product
-
-            def fast_product(table: Array) -> Array:
-                return lax.cond(coarse, few, all_of_them, table)
-
         def exact_product(table: Array) -> Array:
             here = curvature(exact.params(state.at.table), exact.problem)
             return exact.table(here.product(exact.params(table)))
 
+        fast_product = product_of(at)
+        if sample is not None:
+            here = curvature(fast.params(state.at.table.astype(_FAST)), sample)
+            fast_product = partial(lax.cond, thin, product_of(here), fast_product)
         if exact is fast:
             return fast_product
-        return lambda table: lax.cond(state.exact, exact_product, fast_product, table)
+        return partial(lax.cond, state.exact, exact_product, fast_product)
 
     plan = _preconditioner.plan(examples, width, classes, kept=not in_blocks(classes, fast.problem))
-    roughly = plan.large and exact is not fast
+    may_be_rough = plan.large and exact is not fast
     sample = thinned(fast.problem, plan.stride) if plan.stride > 1 else None
-    mean = _preconditioner.covariance(sample or fast.problem) if plan.groups else None
+    mean = (
+        _preconditioner.covariance(fast.problem if sample is None else sample)
+        if plan.groups
+        else None
+    )
 
     def preconditioner(state: State, at: Curvature, first: Array, due: Array) -> State:
         """The classes are alike at first, so their first one is shared."""
-        spread = at.spread
-        if plan.groups != classes:
-            spread = jnp.mean(spread, 0, keepdims=True)
 
         def make(old: Array) -> Array:
-            if mean is None:
-                return _preconditioner.diagonal(spread, ridge)
-            return _preconditioner.factorise(
-                fast.problem, spread, mean, ridge, plan.rows, alike=first, old=old
+            return _preconditioner.inverse(
+                fast.problem, at.spread, mean, ridge, plan, alike=first, old=old
             )
 
         inverse = once(first | due, make, state.inverse)
         return state._replace(inverse=inverse, owed=jnp.where(first | due, 0, state.owed))
 
     def direction(
-        state: State, at: Curvature, wanted: Array, polish: Array, coarse: Array
+        state: State, at: Curvature, wanted: Array, polish: Array, thin: Array
     ) -> Progress:
         """Minus the Newton step, or minus that of the bias alone."""
         value = state.at.value
-        product = hessian(state, at, coarse)
+        product = hessian(state, at, thin)
         varied = ~polish | (jnp.arange(width + 1) == width)
 
         corrected = informed(partial(_preconditioner.apply, state.inverse), state.memory)
@@ -214,10 +209,10 @@ def newton_cg(
             preconditioned = corrected(residual.astype(_FAST)).astype(wide)
             return jnp.where(varied, free(preconditioned), 0)
 
-        least = jnp.where(coarse, _SAMPLED_FORCING, _LEAST_FORCING)
+        least = jnp.where(thin, _SAMPLED_FORCING, _LEAST_FORCING)
         forcing = jnp.clip(jnp.sqrt(state.drop) / 2, least, _FORCING)
         # With a new preconditioner it goes on; an old one is replaced once that is paid for.
-        most = jnp.maximum((plan.price - state.owed) / cost(coarse), _LEAST)
+        most = jnp.maximum((plan.price - state.owed) / cost(thin), _LEAST)
         most = jnp.where(state.owed > 0, most, _MOST)
 
         def proceed(cg: Progress) -> Array:
@@ -232,8 +227,8 @@ def newton_cg(
         memory = jax.tree.map(jnp.zeros_like, state.memory)
         return conjugate_gradient(product, precondition, state.at.gradient, proceed, memory)
 
-    def cost(coarse: Array) -> Array:
-        return jnp.where(coarse, jnp.asarray(1 / plan.stride, _FAST), 1)
+    def cost(thin: Array) -> Array:
+        return jnp.where(thin, jnp.asarray(1 / plan.stride, _FAST), 1)
 
     def line_search(
         point: Point, step: Array, decrement: Array, slack: Array, rough: Array
@@ -266,18 +261,18 @@ def newton_cg(
         separable = certificate.separates(point.value, problem)
         separated = separable & ~state.rough & ((point.value <= tol) | ending)
         wanted = started & finite & ~separated & (~ending | polish | ~penalised)
-        coarse = state.sampled & ~polish & ~ending
+        thin = state.sampled & ~polish & ~ending
         first = wanted & (state.owed < 0)
         due = wanted & (state.owed >= plan.price)
-        needed = None if sample is None else first | due | (wanted & ~coarse)
+        needed = None if sample is None else first | due | (wanted & ~thin)
         at = curvature(fast.params(point.table.astype(_FAST)), fast.problem, needed)
         state = preconditioner(state, at, first, due)
-        cg = direction(state, at, wanted, polish, coarse)
+        cg = direction(state, at, wanted, polish, thin)
         decrement = jnp.where(cg.broken, jnp.inf, cg.decrement / 2)
         settled = (decrement <= 1e-3 * tol * point.value) | (state.polished + 1 >= _POLISHES)
         gap = jnp.where(penalised, point.weights_gap, 0) + decrement
         gap = jnp.where(separable, point.value, gap)
-        known = ~coarse & ~state.rough & (~penalised | polish & settled)
+        known = ~thin & ~state.rough & (~penalised | polish & settled)
         gap = jnp.where(known, gap, jnp.inf)
         status = zero + RUNNING
         for holds, found in (  # the last that holds counts
@@ -289,7 +284,7 @@ def newton_cg(
         ):
             status = jnp.where(started & holds, found, status)
         running = status == RUNNING
-        passes = cg.steps.astype(_FAST) * cost(coarse)
+        passes = cg.steps.astype(_FAST) * cost(thin)
         remembered = (cg.steps > 0) & ~polish
         far = cg.decrement > jnp.maximum(tol, _ROUGH) * point.value
         far &= ~separable & (state.idle == 0) & (state.iterations + 1 < max_iter)
@@ -337,7 +332,7 @@ def newton_cg(
         inverse=jnp.zeros(shape if plan.groups else shape[:2], _FAST),
         memory=empty_memory(plan.memory, table, _FAST),
         owed=jnp.full((), -1, _FAST),
-        rough=jnp.asarray(roughly) & (max_iter > 0),
+        rough=jnp.asarray(may_be_rough) & (max_iter > 0),
         sampled=jnp.full((), plan.stride > 1),
         exact=jnp.zeros((), bool),
         drop=infinite,

@@ -78,6 +78,24 @@ def covariance(problem: Problem) -> Array:
     return sum_over_rows(lambda rows: _product(rows.features, rows.share), problem, _ROWS)
 
 
+def inverse(
+    problem: Problem,
+    spread: Array,
+    mean: Array | None,
+    ridge: Array,
+    plan: Plan,
+    *,
+    alike: Array | bool = False,
+    old: Array | None = None,
+) -> Array:
+    """What `plan` wants: of `factorise` with its arguments, or of `diagonal` without a `mean`."""
+    if plan.groups != len(spread):
+        spread = jnp.mean(spread, 0, keepdims=True)
+    if mean is None:
+        return diagonal(spread, ridge)
+    return factorise(problem, spread, mean, ridge, plan.rows, alike=alike, old=old)
+
+
 def factorise(
     problem: Problem,
     spread: Array,

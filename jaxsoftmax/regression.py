@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Shaped
 
 from jaxsoftmax import _checks
@@ -41,6 +42,23 @@ def _precise(f: _Function) -> _Function:
             return f(*args, **kwargs)
 
     return cast(_Function, precise)
+
+
+def _partitioned(f: _Function) -> _Function:
+    """f of arrays that may be explicitly sharded: the compiler shares out the work as it does for
+    others, and results are whole."""
+
+    @wraps(f)
+    def partitioned(*arrays: Any, **options: Any) -> Any:
+        meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(arrays)]
+        explicit = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+        if explicit is None:
+            return f(*arrays, **options)
+        with jax.sharding.use_abstract_mesh(explicit):
+            whole = jax.sharding.auto_axes(partial(f, **options), out_sharding=PartitionSpec())
+            return whole(*arrays)
+
+    return cast(_Function, partitioned)
 
 
 def fit(
@@ -132,11 +150,9 @@ def fit(
     dtype = compute_dtype(features.dtype)
     l2 = _checks.scalar("l2", l2).astype(dtype)
     tol = _checks.scalar("tol", tol, positive=True).astype(dtype)
-    if sample_weight is not None:
-        sample_weight = _checks.weights("sample_weight", sample_weight, examples).astype(dtype)
-    if offset is not None:
-        offset = _checks.real_array("offset", offset).astype(dtype)
-        _checks.has_shape("offset", offset, (examples, num_classes), "(examples, classes)")
+    sample_weight, offset = _weights_and_offset(
+        sample_weight, offset, (examples, num_classes), dtype
+    )
     if init is not None:
         if not isinstance(init, Params):
             raise TypeError(f"init must be a Params, got a {type(init).__name__}")
@@ -147,13 +163,28 @@ def fit(
         _checks.has_shape("init.weights", init.weights, (num_classes, width), "(classes, features)")
         _checks.has_shape("init.bias", init.bias, (num_classes,), "(classes,)")
     limit = jnp.asarray(min(max_iter, jnp.iinfo(jnp.int32).max), jnp.int32)
-    return _fit(
-        features, labels, l2, sample_weight, offset, init, tol, limit, num_classes, fit_bias, solver
-    )
+    arrays = features, labels, l2, sample_weight, offset, init, tol, limit
+    return _fit(*arrays, num_classes=num_classes, fit_bias=fit_bias, solver=solver)
+
+
+def _weights_and_offset(
+    sample_weight: ArrayLike | None,
+    offset: ArrayLike | None,
+    shape: tuple[int, int],
+    dtype: DTypeLike,
+) -> tuple[Array | None, Array | None]:
+    """Both checked and in `dtype`, or None; `shape` is (examples, classes)."""
+    if sample_weight is not None:
+        sample_weight = _checks.weights("sample_weight", sample_weight, shape[0]).astype(dtype)
+    if offset is not None:
+        offset = _checks.real_array("offset", offset).astype(dtype)
+        _checks.has_shape("offset", offset, shape, "(examples, classes)")
+    return sample_weight, offset
 
 
 @partial(jax.jit, static_argnames=("num_classes", "fit_bias", "solver"))
 @_precise
+@_partitioned
 def _fit(
     features: Array,
     labels: Array,
@@ -163,6 +194,7 @@ def _fit(
     init: Params | None,
     tol: Array,
     max_iter: Array,
+    *,
     num_classes: int,
     fit_bias: bool,
     solver: str,
@@ -280,12 +312,9 @@ def diverging_weights(
     num_classes, width = params.weights.shape
     features, labels = _checks.examples(features, labels, num_classes, width)
     dtype = params.weights.dtype
-    if sample_weight is not None:
-        sample_weight = _checks.weights("sample_weight", sample_weight, features.shape[0])
-    if offset is not None:
-        offset = _checks.real_array("offset", offset)
-        shape = (features.shape[0], num_classes)
-        offset = _checks.has_shape("offset", offset, shape, "(examples, classes)")
+    sample_weight, offset = _weights_and_offset(
+        sample_weight, offset, (features.shape[0], num_classes), dtype
+    )
     problem = make_problem(
         features.astype(dtype),
         labels,
@@ -294,12 +323,13 @@ def diverging_weights(
         offset=offset,
         classes=present_classes(labels, sample_weight, num_classes),
     )
-    return _diverging(params, problem, fit_bias)
+    return _diverging(params, problem, fit_bias=fit_bias)
 
 
 @partial(jax.jit, static_argnames="fit_bias")
 @_precise
-def _diverging(params: Params, problem: Problem, fit_bias: bool) -> Params:
+@_partitioned
+def _diverging(params: Params, problem: Problem, *, fit_bias: bool) -> Params:
     params = params._replace(bias=jnp.where(params.bias == -jnp.inf, 0, params.bias))
     _, gradient = value_and_gradient(params, problem)
     right = jax.tree.map(jnp.negative, gradient)

@@ -1,5 +1,6 @@
 """Rows sharded over the axes of a mesh equal whole ones: values and every kind of derivative."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxsoftmax import cross_entropy, log_softmax, logsumexp, softmax
+from jaxsoftmax import Status, cross_entropy, fit, log_softmax, logsumexp, softmax
 from tests.helpers import WIDE, eps
 
 K = 24
@@ -207,3 +208,56 @@ def test_examples_may_be_sharded_over_an_explicit_axis() -> None:
         ours = jax.jit(value_and_gradient)(*arguments)
     assert ours[1][1].sharding.spec == P("data", None)
     jax.tree.map(close, jax.device_get(ours), whole)
+
+
+def examples() -> tuple[jax.Array, jax.Array]:
+    x = jax.random.normal(jax.random.key(0), (64, 3), WIDE)
+    return x, jnp.argmax(x + jax.random.gumbel(jax.random.key(1), x.shape, WIDE), 1)
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize("solver", ["newton_cg", "lbfgs"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_fit_of_sharded_examples_is_that_of_whole_ones(
+    kind: jax.sharding.AxisType, solver: str, inside: bool
+) -> None:
+    def probabilities(x: jax.Array, labels: jax.Array) -> Any:
+        result = fit(x, labels, num_classes=3, l2=1e-2, solver=solver)
+        return result.status, softmax(result.params.bias), result.objective
+
+    shards = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    whole = probabilities(*examples())
+    arguments = (jax.device_put(part, jax.NamedSharding(shards, P("data"))) for part in examples())
+    with jax.set_mesh(shards) if inside else contextlib.nullcontext():
+        ours = jax.jit(probabilities)(*arguments) if inside else probabilities(*arguments)
+    np.testing.assert_array_equal(ours[0], Status.CONVERGED)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3), jax.device_get(ours), whole)
+
+
+@pytest.mark.single
+def test_derivatives_of_a_fit_of_explicitly_sharded_examples() -> None:
+    def objective(x: jax.Array, labels: jax.Array) -> jax.Array:
+        return fit(x, labels, num_classes=3, l2=1e-2).objective
+
+    x, labels = examples()
+    shards = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(shards):
+        spread = jax.device_put(x, P("data")), jax.device_put(labels, P("data"))
+        ours = jax.jit(jax.grad(objective))(*spread)
+    np.testing.assert_allclose(jax.device_get(ours), jax.grad(objective)(x, labels), 1e-3, 1e-6)
+
+
+@pytest.mark.single
+def test_each_shard_may_have_a_fit_of_its_own() -> None:
+    x, labels = (part.reshape(8, 8, *part.shape[1:]) for part in examples())
+    f = partial(fit, num_classes=3, l2=0.1)
+
+    def one(x: jax.Array, labels: jax.Array) -> Any:
+        return f(x[0], labels[0]).objective[None]
+
+    # check_vma does not let loops begin from constants.
+    shards = mesh(data=8)
+    each = jax.shard_map(one, mesh=shards, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    ours = jax.jit(each)(x, labels)
+    np.testing.assert_allclose(ours, jax.vmap(f)(x, labels).objective, 1e-5)
