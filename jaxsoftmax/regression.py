@@ -85,7 +85,7 @@ def fit(
 
     It is a pure function: it works under `jit` (with `num_classes`, `fit_bias`, `solver` and
     `max_iter` static), under `vmap` over any array argument, and inside `scan`. One problem shape
-    is compiled once.
+    is compiled once. Examples may be sharded over a mesh; the result is then the same on all of it.
 
     Parameters and objective of the result can be differentiated with respect to `features`, `l2`,
     `sample_weight`, `offset` and probability labels, any number of times and both forward and
