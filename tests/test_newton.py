@@ -310,7 +310,6 @@ def test_separable_classes_are_noticed_from_a_sample(monkeypatch: pytest.MonkeyP
     close(fit.objective, objective(fit.params, data._replace(labels=labels)))
 
 
-@pytest.mark.usefixtures("blocks")
 def test_a_sample_has_one_example_of_each_group() -> None:
     data = problem()._replace(features=jnp.arange(30 * WIDTH, dtype=WIDE).reshape(30, WIDTH))
     few = thinned(data, 4)
