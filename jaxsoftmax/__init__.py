@@ -10,8 +10,8 @@ The modules, each built on those before it:
 * `objective`: the model (`Params`, `linear_logits`), its regularised loss, gradient and Hessian.
 * `certificate`: the bound on the distance from the optimum.
 * `solvers`: the common result of all solvers (`Fit`, `Status`), and L-BFGS.
-* `regression`: `fit`, the full-batch softmax regression by Newton's method, and
-  `diverging_weights`.
+* `regression`: `fit`, the full-batch softmax regression by Newton's method.
+* `separation`: `diverging_weights`, for fits of separable data.
 * `training`: the minibatch trainer for any optax optimiser, used as `from jaxsoftmax import
   training`.
 
@@ -31,7 +31,8 @@ from jaxsoftmax.functional import (
 from jaxsoftmax.linear import linear_cross_entropy, linear_logsumexp
 from jaxsoftmax.losses import cross_entropy
 from jaxsoftmax.objective import Params, linear_logits
-from jaxsoftmax.regression import diverging_weights, fit
+from jaxsoftmax.regression import fit
+from jaxsoftmax.separation import diverging_weights
 from jaxsoftmax.solvers import Fit, Status
 
 __all__ = [

@@ -226,6 +226,28 @@ def weights(name: str, value: ArrayLike, count: int) -> Array:
     return weight
 
 
+def weights_and_offset(
+    sample_weight: ArrayLike | None, offset: ArrayLike | None, shape: tuple[int, int]
+) -> tuple[Array | None, Array | None]:
+    """Both as floating-point arrays, or None; `shape` is (examples, classes)."""
+    if sample_weight is not None:
+        sample_weight = weights("sample_weight", sample_weight, shape[0])
+    if offset is not None:
+        offset = real_array("offset", offset)
+        has_shape("offset", offset, shape, "(examples, classes)")
+    return sample_weight, offset
+
+
+def parameters(weights: ArrayLike, bias: ArrayLike, prefix: str = "") -> tuple[Array, Array]:
+    """Weights of rank 2 and the bias that fits them; `prefix` stands before their names."""
+    w, b = real_array(prefix + "weights", weights), real_array(prefix + "bias", bias)
+    if w.ndim != 2:
+        raise ValueError(
+            f"{prefix}weights must have shape (classes, features), got shape {w.shape}"
+        )
+    return w, has_shape(prefix + "bias", b, w.shape[:1], "(classes,)")
+
+
 def examples(
     features: ArrayLike, labels: ArrayLike, num_classes: int, width: int | None = None
 ) -> tuple[Array, Array]:

@@ -22,7 +22,8 @@ class Progress(NamedTuple):
 
     `squared` is r^T M r for the residual r and the preconditioner M, and was `first` at the start;
     `decrement` is b^T x, which grows to b^T H^+ b. `broken` says that rounding left no positive
-    curvature along a direction. `memory` has the last directions.
+    curvature along a direction, or so little that the step overflows, or that M b is no number.
+    `memory` has the last directions.
     """
 
     x: Array
@@ -53,9 +54,11 @@ def conjugate_gradient(
     def step(at: Progress) -> Progress:
         image = product(at.direction)
         curvature = jnp.sum(at.direction * image)
-        broken = ~(curvature > 0)
+        curved = (curvature > 0) & (curvature < jnp.inf)
+        alpha = at.squared / jnp.where(curved, curvature, 1)
+        broken = ~(curved & jnp.isfinite(alpha * at.squared))
         curvature = jnp.where(broken, 1, curvature)
-        alpha = jnp.where(broken, 0, at.squared / curvature)
+        alpha = jnp.where(broken, 0, alpha)
         scale = jnp.where(broken, 0, lax.rsqrt(curvature))
         return at._replace(
             x=at.x + alpha * at.direction,
@@ -74,6 +77,7 @@ def conjugate_gradient(
             direction=preconditioned + jnp.where(start, 0, squared / at.squared) * at.direction,
             first=jnp.where(start, squared, at.first),
             squared=squared,
+            broken=at.broken | ~(squared >= jnp.where(start, 0, -jnp.inf)),
         )
         at = at._replace(running=(squared > 0) & ~at.broken & proceed(at))
         return once(at.running, step, at)

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.lax.linalg import ormqr
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from jaxsoftmax.objective import Params, Problem, sum_over_rows, sum_zero
+from jaxsoftmax._problem import Problem, sum_over_rows
+from jaxsoftmax.objective import Params, sum_zero
 
 _BLOCK = 2**20  # entries of features: 4 MiB in float32
 
@@ -80,10 +81,17 @@ class RowSpace(NamedTuple):
         return Params(weights, params.bias + params.weights @ self.mean)
 
     def outward(self, params: Params) -> Params:
-        missing = len(self.reflectors) - self.taus.size
-        coordinates = jnp.pad(params.weights.T, ((0, missing), (0, 0)))
-        weights = ormqr(self.reflectors, self.taus, coordinates).T
+        weights = self._rotated(params.weights)
         return Params(weights, params.bias - weights @ self.mean)
+
+    def gradient(self, inner: Params) -> Params:
+        """That with respect to the parameters of the features, from the one of V and b'."""
+        weights = self._rotated(inner.weights) + jnp.outer(inner.bias, self.mean)
+        return Params(weights, inner.bias)
+
+    def _rotated(self, weights: Array) -> Array:
+        missing = len(self.reflectors) - self.taus.size
+        return ormqr(self.reflectors, self.taus, jnp.pad(weights.T, ((0, missing), (0, 0)))).T
 
 
 def row_space(problem: Problem, *, centre: bool) -> tuple[RowSpace, Problem]:
@@ -93,9 +101,18 @@ def row_space(problem: Problem, *, centre: bool) -> tuple[RowSpace, Problem]:
     and a penalty makes it 0.
     """
     features = problem.features.astype(problem.share.dtype)
-    mean = problem.share @ features if centre else jnp.zeros_like(features[0])
+    mean = jnp.zeros_like(features[0])
+    if centre:
+        # Twice, so that what rounding leaves is small beside the deviations.
+        for _ in range(2):
+            mean += problem.share @ (features - mean)
     reflectors, taus = jnp.linalg.qr((features - mean).T, mode="raw")
     coordinates = jnp.tril(reflectors[:, : len(taus)])
+    # Rows that depend on others, as centred ones do, leave columns of nothing but rounding.
+    length = jnp.linalg.norm(coordinates, axis=1, keepdims=True)
+    rounding = features.shape[1] * jnp.finfo(features.dtype).eps * length
+    noise = jnp.all(jnp.abs(coordinates) <= rounding, 0)
+    coordinates = jnp.where(noise, 0, coordinates)
     return RowSpace(reflectors.T, taus, mean), problem._replace(features=coordinates)
 
 
@@ -103,11 +120,13 @@ def view(problem: Problem, *, centre: bool) -> View:
     """The problem in its own coordinates; without `centre`, for want of a bias, with means 0."""
     dtype = problem.share.dtype
     width = problem.features.shape[1]
-    size = max(_BLOCK // width, 1)
+    size = max(_BLOCK // max(width, 1), 1)
     first = shift = jnp.zeros(width, dtype)
     if centre:
-        # From one example on, so that the mean of a constant column is exact.
-        first = problem.features[0].astype(dtype)
+        # Beside an example that counts, so that the mean of a constant column is exact. Without the
+        # barrier XLA would look for the largest of equal shares as it compiles, for seconds.
+        counts = jnp.argmax(lax.optimization_barrier(problem.share))
+        first = problem.features[counts].astype(dtype)
         shift = sum_over_rows(
             lambda rows: rows.share @ (rows.features.astype(dtype) - first), problem, size
         )
@@ -117,8 +136,7 @@ def view(problem: Problem, *, centre: bool) -> View:
         return rows.share @ jnp.abs(rows.features.astype(dtype) - mean)
 
     scale = sum_over_rows(deviation, problem, size)
-    # Less is what rounding makes of a column that is constant but for dropped examples.
-    spread = scale > 32 * jnp.finfo(dtype).eps * jnp.abs(shift)
+    spread = scale > 0
     return View(problem, mean, jnp.where(spread, 1 / jnp.where(spread, scale, 1), 0))
 
 

@@ -5,7 +5,8 @@ from jax import Array, lax
 
 from jaxsoftmax import _coordinates, _preconditioner
 from jaxsoftmax._conjugate_gradient import Progress, conjugate_gradient
-from jaxsoftmax.objective import Params, Problem, curvature, in_blocks
+from jaxsoftmax._problem import Problem
+from jaxsoftmax.objective import Params, curvature, in_blocks
 
 _STEPS = 1000
 
@@ -24,11 +25,12 @@ def solve_hessian(params: Params, problem: Problem, right: Params, *, fit_bias: 
     fast = _coordinates.standard(view, dtype)
     free = _coordinates.projection(problem, classes, fit_bias=fit_bias)
     at = curvature(fast.params(view.table_of(params)), fast.problem)
-    ridge = jnp.append(fast.problem.l2, 0 if fit_bias else 1)
     plan = _preconditioner.plan(examples, width, classes, kept=not in_blocks(classes, problem))
-    mean = _preconditioner.covariance(fast.problem) if plan.groups and width <= examples else None
-    inverse = _preconditioner.inverse(fast.problem, at.spread, mean, ridge, plan)
-    inverse = lax.stop_gradient(inverse)
+    # The preconditioner changes the solution by rounding alone, and so has no derivative.
+    data, spread = lax.stop_gradient((fast.problem, at.spread))
+    ridge = jnp.append(data.l2, 0 if fit_bias else 1)
+    mean = _preconditioner.covariance(data) if plan.groups and width <= examples else None
+    inverse = _preconditioner.inverse(data, spread, mean, ridge, plan)
 
     def product(table: Array) -> Array:
         return free(fast.table(at.product(fast.params(free(table)))))

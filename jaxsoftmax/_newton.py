@@ -19,15 +19,8 @@ from jaxsoftmax._conjugate_gradient import (
     once,
 )
 from jaxsoftmax._coordinates import Standard, View
-from jaxsoftmax.objective import (
-    Curvature,
-    Params,
-    Problem,
-    curvature,
-    in_blocks,
-    thinned,
-    value_and_gradient,
-)
+from jaxsoftmax._problem import Problem, thinned
+from jaxsoftmax.objective import Curvature, Params, curvature, in_blocks, value_and_gradient
 from jaxsoftmax.solvers import RUNNING, Fit, Status
 
 _FAST = jnp.float32  # the dtype of products with the Hessian and of the preconditioner
@@ -37,7 +30,7 @@ _SAMPLED_FORCING = 0.1  # the Hessian of a sample deserves no more
 _LEAST = 10  # steps of conjugate gradients that a preconditioner is kept for, though it is paid for
 _MOST = 500
 _ROUGH = 1e-4  # relative decrement down to which a float32 objective will do
-_HALVINGS = 30
+_LENGTH = 1000.0  # of a step along the gradient, before it is halved
 _POLISHES = 3  # steps of the bias alone before the end
 _IDLE = 2  # steps without progress after which it has stalled
 
@@ -111,7 +104,7 @@ def newton_cg(
     Args:
       problem: the problem.
       init: parameters to start from, with sum 0 over the present classes.
-      fit_bias: whether the bias is fitted; else it stays.
+      fit_bias: whether the bias is fitted; else it is 0.
       tol: bound on (objective - minimum) / objective.
       max_iter: the most Newton steps.
 
@@ -123,12 +116,29 @@ def newton_cg(
       (2011), On the use of stochastic Hessian information in optimization methods for machine
       learning, SIAM Journal on Optimization 21.
     """
+    how = fit_bias, tol, max_iter
     if problem.features.shape[1] > problem.features.shape[0]:
         rows, inner = _coordinates.row_space(problem, centre=fit_bias)
-        inner_fit, products = newton_cg(
-            inner, rows.inward(init), fit_bias=fit_bias, tol=tol, max_iter=max_iter
-        )
-        return inner_fit._replace(params=rows.outward(inner_fit.params)), products
+        params, gradient, end = _minimised(inner, rows.inward(init), *how)
+        params, gradient = rows.outward(params), rows.gradient(gradient)
+    else:
+        params, gradient, end = _minimised(problem, init, *how)
+    value = end.at.value
+    fit = Fit(
+        params=params,
+        objective=value,
+        gap=end.gap / jnp.where(value == 0, 1, value),
+        gradient_norm=jnp.sqrt(jnp.sum(gradient.weights**2) + jnp.sum(gradient.bias**2)),
+        iterations=end.iterations,
+        status=end.status,
+    )
+    return fit, end.products
+
+
+def _minimised(
+    problem: Problem, init: Params, fit_bias: bool, tol: Array, max_iter: Array
+) -> tuple[Params, Params, State]:
+    """Parameters, the gradient there, and what the iteration knows at its end."""
     view = _coordinates.view(problem, centre=fit_bias)
     fast = _coordinates.standard(view, _FAST)
     wide = problem.share.dtype
@@ -195,9 +205,10 @@ def newton_cg(
         return state._replace(inverse=inverse, owed=jnp.where(first | due, 0, state.owed))
 
     def direction(
-        state: State, at: Curvature, wanted: Array, polish: Array, thin: Array
-    ) -> Progress:
-        """Minus the Newton step, or minus that of the bias alone."""
+        state: State, at: Curvature, wanted: Array, polish: Array, thin: Array, ending: Array
+    ) -> tuple[Progress, Array, Array, Array]:
+        """Conjugate gradients for minus the Newton step, or for that of the bias alone; minus the
+        step itself, its size, and how fast the objective falls along it."""
         value = state.at.value
         product = hessian(state, at, thin)
         varied = ~polish | (jnp.arange(width + 1) == width)
@@ -217,28 +228,41 @@ def newton_cg(
 
         def proceed(cg: Progress) -> Array:
             # Without a penalty the decrement is the certificate, and so is found well.
-            small = ~penalised & (cg.decrement / 2 <= tol * value)
-            accuracy = jnp.where(polish, 0.1, jnp.where(small, _LEAST_FORCING, forcing))
+            precise = ~penalised & (ending | (cg.decrement / 2 <= tol * value))
+            accuracy = jnp.where(polish, 0.1, jnp.where(precise, _LEAST_FORCING, forcing))
             enough = cg.squared <= accuracy**2 * cg.first
             gap = certificate.weights_gap(cg.residual, gap_scale)
             certified = penalised & ~polish & (gap <= tol / 2 * value)
-            return wanted & ~enough & ~certified & (cg.steps.astype(_FAST) < most)
+            allowed = cg.steps.astype(_FAST) < jnp.where(precise, _MOST, most)
+            return wanted & ~enough & ~certified & allowed
 
         memory = jax.tree.map(jnp.zeros_like, state.memory)
-        return conjugate_gradient(product, precondition, state.at.gradient, proceed, memory)
+        gradient = jnp.where(varied, state.at.gradient, 0)
+        cg = conjugate_gradient(product, precondition, state.at.gradient, proceed, memory)
+        # A saturated model has no curvature: there is nothing but the gradient to go along.
+        size = jnp.max(jnp.abs(cg.x))
+        overflows = ~jnp.isfinite(size)
+        cg = cg._replace(broken=cg.broken | overflows)
+        flat = overflows | (cg.broken & (cg.steps <= 1))
+        step = jnp.where(flat, _LENGTH * gradient, cg.x)
+        slope = jnp.where(flat, _LENGTH * jnp.sum(gradient**2), cg.decrement)
+        return cg, step, jnp.where(flat, _LENGTH, size), slope
 
     def cost(thin: Array) -> Array:
         return jnp.where(thin, jnp.asarray(1 / plan.stride, _FAST), 1)
 
     def line_search(
-        point: Point, step: Array, decrement: Array, slack: Array, rough: Array
+        point: Point, step: Array, size: Array, decrement: Array, slack: Array, rough: Array
     ) -> tuple[Point, Array]:
-        """The first of the lengths 1, 1/2, 1/4, ... that makes the objective fall enough."""
+        """The first of the lengths 1, 1/2, 1/4, ... that makes the objective fall enough, or else
+        the last that still moves a logit of standard columns. `size` is the largest entry of the
+        step. At a point without a finite value the search ends at once."""
 
         def proceed(carry: tuple[Point, Array, Array]) -> Array:
             new, length, tries = carry
             fallen = new.value <= point.value * (1 + slack) - 1e-4 * length * decrement
-            return ~fallen & (tries < _HALVINGS)
+            moves = jnp.isfinite(point.value) & (length * size > jnp.finfo(wide).eps)
+            return (tries == 0) | (~fallen & moves)
 
         def shorten(carry: tuple[Point, Array, Array]) -> tuple[Point, Array, Array]:
             _, length, tries = carry
@@ -267,42 +291,46 @@ def newton_cg(
         needed = None if sample is None else first | due | (wanted & ~thin)
         at = curvature(fast.params(point.table.astype(_FAST)), fast.problem, needed)
         state = preconditioner(state, at, first, due)
-        cg = direction(state, at, wanted, polish, thin)
+        cg, step, size, slope = direction(state, at, wanted, polish, thin, ending)
         decrement = jnp.where(cg.broken, jnp.inf, cg.decrement / 2)
         settled = (decrement <= 1e-3 * tol * point.value) | (state.polished + 1 >= _POLISHES)
-        gap = jnp.where(penalised, point.weights_gap, 0) + decrement
-        gap = jnp.where(separable, point.value, gap)
+        # The duality gap at the optimal bias, where the gradient is what this step leaves of it.
+        at_bias = certificate.weights_gap(cg.residual, gap_scale)
+        to_bias = decrement * certificate.growth(2 * size)
+        # Conjugate gradients approach the decrement from below.
+        accurate = cg.squared <= _LEAST_FORCING**2 * cg.first
+        gap = jnp.where(penalised, at_bias + to_bias, jnp.where(accurate, decrement, jnp.inf))
         known = ~thin & ~state.rough & (~penalised | polish & settled)
         gap = jnp.where(known, gap, jnp.inf)
+        gap = jnp.where(separable & ~state.rough, point.value, gap)
         status = zero + RUNNING
-        for holds, found in (  # the last that holds counts
+        for holds, verdict in (  # the last that holds counts
             (known & ending, Status.STALLED),
             (known & (state.iterations >= max_iter), Status.MAX_ITER),
             (gap <= tol * point.value, Status.CONVERGED),
             (separated, Status.SEPARABLE),
             (~finite & ~state.rough, Status.DIVERGED),
         ):
-            status = jnp.where(started & holds, found, status)
+            status = jnp.where(started & holds, verdict, status)
         running = status == RUNNING
         passes = cg.steps.astype(_FAST) * cost(thin)
         remembered = (cg.steps > 0) & ~polish
-        far = cg.decrement > jnp.maximum(tol, _ROUGH) * point.value
+        far = slope > jnp.maximum(tol, _ROUGH) * point.value
         far &= ~separable & (state.idle == 0) & (state.iterations + 1 < max_iter)
         rough = state.rough & (far | ~started)
         slack = jnp.asarray(4 * jnp.finfo(wide).eps, wide)
         slack = jnp.where(state.rough, jnp.asarray(16 * jnp.finfo(_FAST).eps, wide), slack)
         new, tries = once(
             running,
-            lambda _: line_search(point, cg.x, cg.decrement, slack, rough),
+            lambda _: line_search(point, step, size, slope, slack, rough),
             (point, zero),
         )
         progress = (new.value < point.value * (1 - slack)) | (
             penalised & (new.weights_gap < point.weights_gap / 2)
         )
         # A sample has done what it can, or must not decide that an unpenalised fit is at its end.
-        spent = (cg.decrement > state.drop * point.value / 4) | (
-            ~penalised & (decrement <= tol * point.value)
-        )
+        spent = ~progress | (slope > state.drop * point.value / 4)
+        spent |= ~penalised & (decrement <= tol * point.value)
         idle = jnp.where(progress | ~started, 0, jnp.where(polish, state.idle, state.idle + 1))
         switch = (idle >= _IDLE) & ~state.exact & (exact is not fast)
         return State(
@@ -310,13 +338,15 @@ def newton_cg(
             gap=gap,
             inverse=state.inverse,
             memory=jax.tree.map(
-                lambda new, old: jnp.where(remembered, new, old), cg.memory, state.memory
+                lambda new, old: jnp.where(cg.broken, 0, jnp.where(remembered, new, old)),
+                cg.memory,
+                state.memory,
             ),
             owed=state.owed + passes,
             rough=rough,
             sampled=state.sampled & ~(started & spent & ~polish) & ~switch,
             exact=state.exact | switch,
-            drop=jnp.where(started & ~polish, cg.decrement / point.value, state.drop),
+            drop=jnp.where(started & ~polish, slope / point.value, state.drop),
             idle=jnp.where(switch, 0, idle),
             polished=jnp.where(polish, state.polished + 1, 0),
             iterations=jnp.where(running & ~polish, state.iterations + 1, state.iterations),
@@ -343,13 +373,5 @@ def newton_cg(
         status=zero + RUNNING,
     )
     end: State = lax.while_loop(lambda state: state.status == RUNNING, advance, start)
-    value, gradient = end.at.value, view.gradient(end.at.gradient)
-    fit = Fit(
-        params=view.params(end.at.table),
-        objective=value,
-        gap=end.gap / jnp.where(value == 0, 1, value),
-        gradient_norm=jnp.sqrt(jnp.sum(gradient.weights**2) + jnp.sum(gradient.bias**2)),
-        iterations=end.iterations,
-        status=end.status,
-    )
-    return fit, end.products
+    table = free(end.at.table)  # as its steps are, but for their rounding
+    return view.params(table), view.gradient(end.at.gradient), end

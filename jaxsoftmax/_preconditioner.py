@@ -12,12 +12,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax.objective import Problem, sum_over_rows
+from jaxsoftmax._problem import Problem, sum_over_rows
 
 _BYTES = 2**26  # the most that the factors may take, if it is more than an eighth of the features
 _LARGE = 2**20  # entries of features
 _ROWS = 512  # of features that are multiplied at a time
 _PANEL = 256  # columns
+_TINY = 1e-30
 _JITTER = 1e-5  # relative to the diagonal; float32 products of columns are no better than that
 
 
@@ -65,7 +66,7 @@ def plan(examples: int, width: int, classes: int, *, kept: bool) -> Plan:
     groups = classes if kept and classes > 2 else 1
     if groups * size > budget:
         groups = 1 if size <= budget else 0
-    rows = min(examples, max(2 * examples // max(groups, 4), width))
+    rows = min(examples, max(2 * examples // max(groups, 4), width, 1))
     price = 20 + groups * width * (rows + 8 * width) // (20 * classes * examples)
     memory = max(min(8, budget // (8 * classes * (width + 1))), 1)
     large = examples * width >= _LARGE
@@ -138,15 +139,21 @@ def factorise(
     # each other, so that in one loop they took half as long again.
     count = jnp.where(alike, 1, groups)
     blocks = lax.fori_loop(0, count, put(lambda group, _: block(group)), blocks)
+    # What underflowed to 0 has little, but not nothing, lest conjugate gradients be blind there.
+    size = total + jnp.min(ridge[:-1], initial=1)
+    floor = jnp.finfo(size.dtype).eps * size + _TINY
     blocks = lax.fori_loop(
-        0, count, put(lambda group, blocks: _inverse(_at(blocks, group), ridge)), blocks
+        0,
+        count,
+        put(lambda group, blocks: _inverse(_at(blocks, group), ridge + _at(floor, group))),
+        blocks,
     )
     return lax.fori_loop(1, jnp.where(alike, groups, 1), put(lambda _, blocks: blocks[0]), blocks)
 
 
 def diagonal(spread: Array, ridge: Array) -> Array:
     """Reciprocals (groups, features + 1) of the blocks' diagonals, if the columns' size is 1."""
-    return 1 / jnp.maximum(jnp.sum(spread, 1)[:, None] + ridge, _tiny(ridge))
+    return 1 / (jnp.sum(spread, 1)[:, None] + ridge + _TINY)
 
 
 def apply(inverse: Array, table: Array) -> Array:
@@ -199,7 +206,7 @@ def _inverse(block: Array, ridge: Array) -> Array:
     """The inverse of block + diag(ridge), whose lower triangle is used: multiplied with, not solved
     for, since a triangular solve of few columns is ten times slower."""
     size = jnp.ravel(block)[:: ridge.size + 1] + ridge  # the diagonal
-    scale = jnp.where(size > 0, lax.rsqrt(jnp.where(size > 0, size, 1)), 0)
+    scale = lax.rsqrt(size)
     diagonal = jnp.eye(ridge.size, dtype=bool)
     scaled = jnp.where(diagonal, 1 + _JITTER, block * scale * scale[:, None])
     lower = lax.linalg.cholesky(scaled, symmetrize_input=False)
@@ -209,7 +216,3 @@ def _inverse(block: Array, ridge: Array) -> Array:
     # Where float32 can't factorise it, every entry is NaN, and the diagonal is left.
     known = jnp.isfinite(inverse[0, 0])
     return jnp.where(known, inverse, identity) * scale * scale[:, None]
-
-
-def _tiny(like: Array) -> Array:
-    return jnp.asarray(jnp.finfo(like.dtype).tiny)

@@ -1,64 +1,25 @@
 """Softmax regression: multinomial logistic regression fitted to a certified optimum."""
 
-from collections.abc import Callable
-from functools import partial, wraps
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import PartitionSpec
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Shaped
 
 from jaxsoftmax import _checks
+from jaxsoftmax._execution import partitioned, precise
 from jaxsoftmax._implicit import solve_hessian
 from jaxsoftmax._newton import newton_cg
+from jaxsoftmax._problem import Problem, make_problem
 from jaxsoftmax._rows import compute_dtype
-from jaxsoftmax.certificate import certify, separates
-from jaxsoftmax.objective import (
-    Params,
-    Problem,
-    centred,
-    make_problem,
-    objective,
-    present_classes,
-    value_and_gradient,
-)
+from jaxsoftmax.objective import Params, centred, objective, value_and_gradient
 from jaxsoftmax.solvers import Fit, Status, lbfgs
 
 SOLVERS = ("auto", "newton_cg", "lbfgs")
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _precise(f: _Function) -> _Function:
-    """f with products of matrices in the whole precision of their dtype, which on a GPU or a TPU is
-    not the default: a certificate needs it."""
-
-    @wraps(f)
-    def precise(*args: Any, **kwargs: Any) -> Any:
-        with jax.default_matmul_precision("highest"):
-            return f(*args, **kwargs)
-
-    return cast(_Function, precise)
-
-
-def _partitioned(f: _Function) -> _Function:
-    """f of arrays that may be explicitly sharded: the compiler shares out the work as it does for
-    others, and results are whole."""
-
-    @wraps(f)
-    def partitioned(*arrays: Any, **options: Any) -> Any:
-        meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(arrays)]
-        explicit = next((mesh for mesh in meshes if mesh.explicit_axes), None)
-        if explicit is None:
-            return f(*arrays, **options)
-        with jax.sharding.use_abstract_mesh(explicit):
-            whole = jax.sharding.auto_axes(partial(f, **options), out_sharding=PartitionSpec())
-            return whole(*arrays)
-
-    return cast(_Function, partitioned)
 
 
 def fit(
@@ -97,8 +58,8 @@ def fit(
       labels: integer classes (examples,), or probabilities (examples, classes) whose rows sum to 1.
       num_classes: number of classes, at least 2.
       l2: penalty on the weights, at least 0. scikit-learn's `C` is 1 / (l2 * sum(sample_weight)).
-      sample_weight: (examples,), not negative; weight 2 equals a repeated example, 0 a dropped one.
-        None for 1.
+      sample_weight: (examples,), not negative; weight 2 equals a repeated example, 0 a dropped one,
+        whose features must be finite all the same. None for 1.
       offset: (examples, classes), added to the logits. None for 0.
       init: parameters to start from, for example of a similar fit. None for 0.
       fit_bias: whether to fit the bias; without, it is 0.
@@ -150,9 +111,8 @@ def fit(
     dtype = compute_dtype(features.dtype)
     l2 = _checks.scalar("l2", l2).astype(dtype)
     tol = _checks.scalar("tol", tol, positive=True).astype(dtype)
-    sample_weight, offset = _weights_and_offset(
-        sample_weight, offset, (examples, num_classes), dtype
-    )
+    shape = (examples, num_classes)
+    sample_weight, offset = _checks.weights_and_offset(sample_weight, offset, shape)
     if init is not None:
         if not isinstance(init, Params):
             raise TypeError(f"init must be a Params, got a {type(init).__name__}")
@@ -167,24 +127,9 @@ def fit(
     return _fit(*arrays, num_classes=num_classes, fit_bias=fit_bias, solver=solver)
 
 
-def _weights_and_offset(
-    sample_weight: ArrayLike | None,
-    offset: ArrayLike | None,
-    shape: tuple[int, int],
-    dtype: DTypeLike,
-) -> tuple[Array | None, Array | None]:
-    """Both checked and in `dtype`, or None; `shape` is (examples, classes)."""
-    if sample_weight is not None:
-        sample_weight = _checks.weights("sample_weight", sample_weight, shape[0]).astype(dtype)
-    if offset is not None:
-        offset = _checks.real_array("offset", offset).astype(dtype)
-        _checks.has_shape("offset", offset, shape, "(examples, classes)")
-    return sample_weight, offset
-
-
 @partial(jax.jit, static_argnames=("num_classes", "fit_bias", "solver"))
-@_precise
-@_partitioned
+@precise
+@partitioned
 def _fit(
     features: Array,
     labels: Array,
@@ -199,11 +144,16 @@ def _fit(
     fit_bias: bool,
     solver: str,
 ) -> Fit:
-    classes = present_classes(labels, sample_weight, num_classes)
     problem = make_problem(
-        features, labels, l2=l2, sample_weight=sample_weight, offset=offset, classes=classes
+        features,
+        labels,
+        l2=l2,
+        sample_weight=sample_weight,
+        offset=offset,
+        num_classes=num_classes,
     )
-    dtype = problem.share.dtype
+    classes, dtype = problem.classes, problem.share.dtype
+    assert classes is not None
     if init is None:
         init = Params(
             weights=jnp.zeros((num_classes, features.shape[1]), dtype),
@@ -215,7 +165,8 @@ def _fit(
         init = init._replace(bias=finite if fit_bias else jnp.zeros_like(finite))
         init = centred(init, classes)
     result = _optimum(fit_bias, solver, problem, init, tol, max_iter)
-    weights, bias = centred(result.params, classes) if solver == "lbfgs" else result.params
+    result = result._replace(status=jnp.where(tol > 0, result.status, Status.DIVERGED))
+    weights, bias = result.params
     poison = jnp.where(result.status == Status.DIVERGED, jnp.nan, 0).astype(dtype)
     params = Params(weights + poison, jnp.where(classes, bias, -jnp.inf) + poison)
     return result._replace(params=params, gap=result.gap + poison)
@@ -225,21 +176,23 @@ def _fit(
 def _optimum(
     fit_bias: bool, solver: str, problem: Problem, init: Params, tol: Array, max_iter: Array
 ) -> Fit:
-    if solver == "lbfgs":
-        fit = lbfgs(
-            lambda params: objective(params, problem, fit_bias=fit_bias),
-            lambda params: certify(params, problem, fit_bias=fit_bias, tol=tol),
-            init,
-            tol=tol,
-            max_iter=max_iter,
-        )
-        separable = separates(fit.objective, problem)
-        return fit._replace(status=jnp.where(separable, Status.SEPARABLE, fit.status))
-    return newton_cg(problem, init, fit_bias=fit_bias, tol=tol, max_iter=max_iter)[0]
+    def newton(init: Params, max_iter: Array) -> Fit:
+        return newton_cg(problem, init, fit_bias=fit_bias, tol=tol, max_iter=max_iter)[0]
+
+    if solver != "lbfgs":
+        return newton(init, max_iter)
+
+    def value(params: Params) -> Array:
+        return objective(params, problem, fit_bias=fit_bias)
+
+    def certify(params: Params) -> Fit:
+        return newton(params, jnp.zeros_like(max_iter))
+
+    return lbfgs(value, certify, init, tol=tol, max_iter=max_iter)
 
 
 @_optimum.defjvp
-@_precise
+@precise
 def _optimum_jvp(fit_bias: bool, solver: str, primals: Any, tangents: Any) -> tuple[Fit, Fit]:
     """At the optimum the gradient g is 0 whatever the problem: H dW = -dg, with dg at fixed W."""
     problem = primals[0]
@@ -257,86 +210,3 @@ def _optimum_jvp(fit_bias: bool, solver: str, primals: Any, tangents: Any) -> tu
         gap=jnp.zeros_like(fit.gap),
         gradient_norm=jnp.zeros_like(fit.gradient_norm),
     )
-
-
-def diverging_weights(
-    params: Params,
-    features: Shaped[ArrayLike, "examples features"],
-    labels: Shaped[ArrayLike, "examples *classes"],
-    *,
-    sample_weight: Shaped[ArrayLike, " examples"] | None = None,
-    offset: Shaped[ArrayLike, "examples classes"] | None = None,
-    fit_bias: bool = True,
-) -> Params:
-    r"""Which parameters of a fit without penalty have no finite optimum.
-
-    Where some columns separate classes, wholly or for a part of the examples, the loss falls for
-    ever as their weights grow: like :math:`e^{-t}`, so that every Newton step is the same again,
-    while the steps of all other weights vanish. This takes one Newton step from a fit, and names
-    what moves.
-
-    Args:
-      params: of a fit with `l2=0`.
-      features: (examples, features), those of the fit.
-      labels: those of the fit.
-      sample_weight: that of the fit.
-      offset: that of the fit.
-      fit_bias: as in the fit.
-
-    Returns:
-      `Params` of booleans: weights (classes, features) and bias (classes,), True where they
-      diverge. `.weights.any(0)` names the columns and `.weights.any(1)` the classes.
-
-    Raises:
-      TypeError: `params` is no `Params`, an array is not real, or `labels` is boolean or floating
-        without a class axis.
-      ValueError: a shape does not fit.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsoftmax import Status, diverging_weights, fit
-      >>> features = jnp.array([[1.0, 1.0], [1.0, -1.0], [3.0, 1.0], [3.0, -1.0]])
-      >>> labels = jnp.array([0, 0, 1, 1])
-      >>> result = fit(features, labels, num_classes=2, l2=0.0)
-      >>> Status(int(result.status)).name
-      'SEPARABLE'
-      >>> print(diverging_weights(result.params, features, labels).weights.any(0))
-      [ True False]
-
-    Reference:
-      Albert, Anderson (1984), On the existence of maximum likelihood estimates in logistic
-      regression models.
-    """
-    if not isinstance(params, Params):
-        raise TypeError(f"params must be a Params, got a {type(params).__name__}")
-    num_classes, width = params.weights.shape
-    features, labels = _checks.examples(features, labels, num_classes, width)
-    dtype = params.weights.dtype
-    sample_weight, offset = _weights_and_offset(
-        sample_weight, offset, (features.shape[0], num_classes), dtype
-    )
-    problem = make_problem(
-        features.astype(dtype),
-        labels,
-        l2=jnp.zeros((), dtype),
-        sample_weight=sample_weight,
-        offset=offset,
-        classes=present_classes(labels, sample_weight, num_classes),
-    )
-    return _diverging(params, problem, fit_bias=fit_bias)
-
-
-@partial(jax.jit, static_argnames="fit_bias")
-@_precise
-@_partitioned
-def _diverging(params: Params, problem: Problem, *, fit_bias: bool) -> Params:
-    params = params._replace(bias=jnp.where(params.bias == -jnp.inf, 0, params.bias))
-    _, gradient = value_and_gradient(params, problem)
-    right = jax.tree.map(jnp.negative, gradient)
-    step = solve_hessian(params, problem, right, fit_bias=fit_bias)
-    mean = problem.share @ problem.features
-    spread = problem.share @ jnp.abs(problem.features - mean)
-    # Of the logits, which of a separated example move by about 1.
-    moves = Params(jnp.abs(step.weights) * spread, jnp.abs(step.bias + step.weights @ mean))
-    largest = jnp.maximum(moves.weights.max(), moves.bias.max())
-    return jax.tree.map(lambda move: (move > 0.1 * largest) & (largest > 0.1), moves)

@@ -10,7 +10,6 @@ import optax
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from jaxsoftmax.certificate import Certificate
 from jaxsoftmax.objective import Params
 
 
@@ -63,7 +62,7 @@ class _Progress(NamedTuple):
 
 def lbfgs(
     value_fn: Callable[[Params], Array],
-    certify: Callable[[Params], Certificate],
+    certify: Callable[[Params], Fit],
     init: Params,
     *,
     tol: Array,
@@ -71,9 +70,10 @@ def lbfgs(
 ) -> Fit:
     """L-BFGS with a zoom line search (`optax.lbfgs`), until the relative gap is at most `tol`.
 
-    A certificate costs more than a gradient, so one is asked for at `init` and then only when the
-    gradient norm has fallen to where the last certificate suggests that the gap is small enough.
-    The iteration goes on from the certified point, whose bias is better.
+    `certify` gives a certificate near its argument, and MAX_ITER if that does not suffice. As it
+    costs more than a gradient, one is asked for at `init` and then only when the gradient norm has
+    fallen to where the last certificate suggests that the gap is small enough. The iteration goes
+    on from the certified point, whose bias is better.
     """
     optimizer = optax.lbfgs()
 
@@ -114,30 +114,24 @@ def lbfgs(
         # After the first round, one without a step can never be followed by one with a step.
         stuck = (at.iterations == before.iterations) & ~jnp.isposinf(threshold)
         found = certify(at.params)
-        gradient_norm = optax.tree.norm(found.gradient)
         status = jnp.select(
             [
-                ~(jnp.isfinite(found.objective) & jnp.isfinite(gradient_norm)),
-                found.gap <= tol * found.objective,
+                found.status != Status.MAX_ITER,
                 at.iterations >= max_iter,
                 (at.idle >= _PATIENCE) | stuck,
             ],
-            [Status.DIVERGED, Status.CONVERGED, Status.MAX_ITER, Status.STALLED],
+            [found.status, Status.MAX_ITER, Status.STALLED],
             RUNNING,
         )
-        at = at._replace(params=found.params, objective=found.objective, gradient=found.gradient)
-        # Near the optimum the gap falls with the square of the gradient norm.
-        factor = jnp.clip(jnp.sqrt(tol * found.objective / found.gap), 1e-3, 0.5)
-        threshold = factor * jnp.minimum(gradient_norm, threshold)
-        result = Fit(
+        at = at._replace(
             params=found.params,
             objective=found.objective,
-            gap=found.gap / jnp.where(found.objective == 0, 1, found.objective),
-            gradient_norm=gradient_norm,
-            iterations=at.iterations,
-            status=status.astype(jnp.int32),
+            gradient=jax.grad(value_fn)(found.params),
         )
-        return at, threshold, result
+        # Near the optimum the gap falls with the square of the gradient norm.
+        factor = jnp.clip(jnp.sqrt(tol / found.gap), 1e-3, 0.5)
+        threshold = factor * jnp.minimum(found.gradient_norm, threshold)
+        return at, threshold, found._replace(iterations=at.iterations, status=status)
 
     # The first round takes no step, for its threshold is infinite, and certifies `init`.
     infinite = jnp.full_like(init.bias, jnp.inf, shape=())

@@ -28,8 +28,9 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Int, Shaped
 
 from jaxsoftmax import _checks
+from jaxsoftmax._problem import make_problem
 from jaxsoftmax.losses import cross_entropy
-from jaxsoftmax.objective import Params, linear_logits, make_problem, objective
+from jaxsoftmax.objective import Params, linear_logits, objective
 
 if TYPE_CHECKING:
     from tqdm import tqdm

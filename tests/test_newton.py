@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoftmax import Params, _coordinates, _preconditioner
+from jaxsoftmax import Params, _coordinates, _preconditioner, linear_logits
 from jaxsoftmax import objective as objective_module
 from jaxsoftmax._conjugate_gradient import (
     Progress,
@@ -15,15 +15,9 @@ from jaxsoftmax._conjugate_gradient import (
 )
 from jaxsoftmax._implicit import solve_hessian
 from jaxsoftmax._newton import newton_cg
+from jaxsoftmax._problem import Problem, make_problem, thinned
 from jaxsoftmax.certificate import gap_scale
-from jaxsoftmax.objective import (
-    Problem,
-    curvature,
-    make_problem,
-    objective,
-    thinned,
-    value_and_gradient,
-)
+from jaxsoftmax.objective import centred, curvature, objective, value_and_gradient
 from jaxsoftmax.solvers import Fit, Status
 from tests.helpers import WIDE, eps
 
@@ -32,7 +26,7 @@ MANY = 32 * CLASSES * WIDTH + 20  # examples of which a sample is taken
 TOL = 1e-6
 
 
-def problem(l2: float = L2, **kwargs: jax.Array) -> Problem:
+def problem(l2: float = L2) -> Problem:
     rng = np.random.default_rng(0)
     return make_problem(
         jnp.asarray(rng.normal(size=(EXAMPLES, WIDTH)) + 0.5, WIDE),
@@ -40,7 +34,6 @@ def problem(l2: float = L2, **kwargs: jax.Array) -> Problem:
         l2=jnp.asarray(l2, WIDE),
         sample_weight=jnp.asarray(rng.uniform(size=EXAMPLES), WIDE),
         offset=jnp.asarray(rng.normal(size=(EXAMPLES, CLASSES)), WIDE),
-        **kwargs,
     )
 
 
@@ -56,8 +49,11 @@ def close(actual: jax.Array, expected: jax.Array, scale: float = 100) -> None:
     np.testing.assert_allclose(actual, expected, scale * eps(WIDE), scale * eps(WIDE))
 
 
-def solved(data: Problem, tol: float = TOL, max_iter: int = 50) -> tuple[Fit, float]:
-    init = Params(jnp.zeros((CLASSES, WIDTH), WIDE), jnp.zeros(CLASSES, WIDE))
+def solved(
+    data: Problem, tol: float = TOL, max_iter: int = 50, init: Params | None = None
+) -> tuple[Fit, float]:
+    if init is None:
+        init = Params(jnp.zeros((CLASSES, WIDTH), WIDE), jnp.zeros(CLASSES, WIDE))
     fit, products = newton_cg(
         data, init, fit_bias=True, tol=jnp.asarray(tol, WIDE), max_iter=jnp.asarray(max_iter)
     )
@@ -66,9 +62,14 @@ def solved(data: Problem, tol: float = TOL, max_iter: int = 50) -> tuple[Fit, fl
 
 @pytest.fixture(params=[False, True], ids=["whole", "in blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 7 rows, which do not divide the 30."""
+    """Blocks of 4 rows, which do not divide the 30."""
     if request.param:
-        monkeypatch.setattr(objective_module, "_LOGITS", 4 * 7 * CLASSES)
+        in_small_blocks(monkeypatch)
+
+
+def in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objective_module, "_LOGITS", 0)
+    monkeypatch.setattr(objective_module, "_BLOCK", 4 * CLASSES)
 
 
 @pytest.mark.usefixtures("blocks")
@@ -84,21 +85,24 @@ def test_the_product_is_that_of_the_dense_hessian() -> None:
     at, v = params(), params(2)
     _, expected = jax.jvp(jax.grad(lambda at: objective(at, problem())), (at,), (v,))
     jax.tree.map(close, curvature(at, problem()).product(v), expected)
-    hessian = jax.hessian(lambda bias: objective(at._replace(bias=bias), problem()))(at.bias)
-    close(curvature(at, problem()).bias(), hessian)
 
 
 def test_blocks_of_rows_have_the_mean_spread_of_the_classes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = curvature(params(), problem()).spread
-    monkeypatch.setattr(objective_module, "_LOGITS", 4 * 7 * CLASSES)
+    in_small_blocks(monkeypatch)
     parts = curvature(params(), problem()).spread
     assert whole.shape == (CLASSES, EXAMPLES)
     close(parts, whole.mean(0, keepdims=True))
 
 
-def test_coordinates_have_mean_zero_and_size_one_and_give_the_same_objective() -> None:
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "in parts"])
+def test_coordinates_have_mean_zero_and_size_one_and_give_the_same_objective(
+    parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if parts:
+        monkeypatch.setattr(_coordinates, "_BLOCK", 4 * WIDTH)
     far = problem()._replace(features=problem().features * jnp.array([1e-3, 1, 1, 1e3]) + 2)
     view = _coordinates.view(far, centre=True)
     fast = _coordinates.standard(view, WIDE)
@@ -120,7 +124,13 @@ def test_a_constant_column_has_no_spread_whatever_its_size() -> None:
     assert not _coordinates.standard(view, WIDE).problem.features[:, 1].any()
 
 
-def test_factors_of_all_rows_are_those_of_the_blocks_of_the_hessian() -> None:
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "in parts"])
+def test_factors_of_all_rows_are_those_of_the_blocks_of_the_hessian(
+    parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if parts:  # blocks of rows and panels of columns that do not divide them
+        monkeypatch.setattr(_preconditioner, "_ROWS", 4)
+        monkeypatch.setattr(_preconditioner, "_PANEL", 2)
     data, at = problem(), params()
     ridge = jnp.append(jnp.full(WIDTH, L2, WIDE), 0)
     mean = _preconditioner.covariance(data)
@@ -239,6 +249,37 @@ def test_a_fit_takes_few_products_and_counts_them() -> None:
     assert int(fit.iterations) < products < 60
 
 
+def test_without_a_step_the_bias_is_optimal_and_the_gap_the_duality_gap() -> None:
+    data, at = problem()._replace(offset=None), centred(params(), jnp.ones(CLASSES, bool))
+    near, _ = solved(data, tol=1e-8, max_iter=0, init=at)
+    found, _ = solved(data, tol=1e-8, max_iter=0, init=near.params)
+    close(found.params.weights, at.weights)
+    gradient = jax.grad(objective)(found.params, data)
+    np.testing.assert_allclose(gradient.bias, 0, atol=1e-5)
+    # The dual objective at r = p - y: mean entropy of p less |sum_i c_i r_i x_i^T|^2 / (2 l2).
+    logits = np.asarray(linear_logits(found.params, data.features), np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    share = np.asarray(data.share, np.float64)
+    product = (share[:, None] * (p - np.eye(CLASSES)[data.labels])).T @ np.asarray(data.features)
+    dual = -share @ (p * np.log(p)).sum(-1) - (product**2).sum() / (2 * L2)
+    np.testing.assert_allclose(found.gap * found.objective, found.objective - dual, 1e-4)
+
+
+def test_without_penalty_the_gap_is_half_the_squared_newton_decrement() -> None:
+    data, at = problem(0.0), centred(params(), jnp.ones(CLASSES, bool))
+    found, _ = solved(data, tol=1e6, max_iter=0, init=at)
+
+    def flat_objective(flat: jax.Array) -> jax.Array:
+        weights, bias = flat[: CLASSES * WIDTH], flat[CLASSES * WIDTH :]
+        return objective(Params(weights.reshape(CLASSES, WIDTH), bias), data)
+
+    flat = jnp.concatenate([found.params.weights.ravel(), found.params.bias])
+    gradient, hessian = jax.grad(flat_objective)(flat), jax.hessian(flat_objective)(flat)
+    expected = gradient @ np.linalg.pinv(hessian, rcond=1e-5) @ gradient / 2
+    np.testing.assert_allclose(found.gap * found.objective, expected, rtol=1e-3)
+
+
 def many(kind: str, l2: float) -> Problem:
     """So many examples that a sample of them gives the first steps, which may mislead."""
     rng = np.random.default_rng(1)
@@ -251,6 +292,11 @@ def many(kind: str, l2: float) -> Problem:
         features *= np.array([1, 10, 1, 0.1])[np.arange(MANY) % 4, None]
     if kind == "rare column":
         features[:, 1] = np.arange(MANY) % (MANY // 3) == 0
+    if kind == "column outside the sample":
+        features[:, 1] = 0
+        numbers = problem()._replace(features=jnp.arange(MANY)[:, None], share=jnp.ones(MANY))
+        outside = np.setdiff1d(np.arange(MANY), thinned(numbers, 4).features)
+        features[outside[::40], 1] = 1
     if kind == "few of weight":
         weight[50:] = 0
     if kind == "unequal weights":
@@ -265,7 +311,15 @@ def many(kind: str, l2: float) -> Problem:
 
 @pytest.mark.parametrize("l2", [1e-3, 0])
 @pytest.mark.parametrize(
-    "kind", ["plain", "in turns", "rare column", "few of weight", "unequal weights"]
+    "kind",
+    [
+        "plain",
+        "in turns",
+        "rare column",
+        "column outside the sample",
+        "few of weight",
+        "unequal weights",
+    ],
 )
 def test_a_fit_that_starts_from_a_sample_ends_at_the_same_optimum(
     kind: str, l2: float, monkeypatch: pytest.MonkeyPatch

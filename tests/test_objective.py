@@ -1,4 +1,4 @@
-"""The objective and its certificate."""
+"""The objective: its value, its derivatives, its data."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,8 @@ from sklearn._loss import HalfMultinomialLoss
 from sklearn.linear_model._linear_loss import LinearModelLoss
 
 from jaxsoftmax import Params, linear_logits
-from jaxsoftmax.certificate import certify
-from jaxsoftmax.objective import Problem, centred, make_problem, objective, present_classes
+from jaxsoftmax._problem import Problem, make_problem
+from jaxsoftmax.objective import centred, objective
 from tests.helpers import WIDE, eps, in_double
 
 EXAMPLES, WIDTH, CLASSES, L2 = 30, 4, 3, 0.05
@@ -72,19 +72,19 @@ def test_a_fixed_bias_has_gradient_zero() -> None:
 
 
 def test_labels_of_a_narrow_dtype_name_any_class() -> None:
-    present = present_classes(jnp.array([3, 200], jnp.uint8), None, 300)
-    np.testing.assert_array_equal(np.flatnonzero(present), [3, 200])
+    labels = jnp.array([3, 200], jnp.uint8)
+    data = make_problem(jnp.ones((2, 1)), labels, l2=jnp.asarray(L2), num_classes=300)
+    assert data.classes is not None
+    np.testing.assert_array_equal(np.flatnonzero(data.classes), [3, 200])
 
 
 @pytest.mark.single
 def test_examples_of_weight_zero_are_dropped_though_their_loss_is_infinite() -> None:
     features, labels = jnp.ones((3, 2)), jnp.array([0, 1, 2])
     weight = jnp.array([1.0, 1.0, 0.0])
-    classes = present_classes(labels, weight, 4)
-    np.testing.assert_array_equal(classes, [True, True, False, False])
-    data = make_problem(
-        features, labels, l2=jnp.asarray(0.0), sample_weight=weight, classes=classes
-    )
+    data = make_problem(features, labels, l2=jnp.asarray(0.0), sample_weight=weight, num_classes=4)
+    assert data.classes is not None
+    np.testing.assert_array_equal(data.classes, [True, True, False, False])
     at = Params(jnp.ones((4, 2)), jnp.zeros(4))
     value, gradient = jax.value_and_grad(objective)(at, data)
     np.testing.assert_allclose(value, np.log(2), 4 * eps(WIDE))
@@ -102,48 +102,6 @@ def test_the_representative_has_sum_zero_and_the_same_probabilities() -> None:
     x = problem().features
     before, after = (jax.nn.softmax(linear_logits(p, x)[:, :2]) for p in (at, moved))
     np.testing.assert_allclose(after, before, 100 * eps(WIDE))
-
-
-def test_a_certificate_has_the_optimal_bias_and_the_duality_gap() -> None:
-    data, at = problem(), params()
-    found = certify(at, data, fit_bias=True, tol=jnp.asarray(1e-6, WIDE))
-    np.testing.assert_array_equal(found.params.weights, at.weights)
-    np.testing.assert_allclose(found.gradient.bias, 0, atol=20 * eps(WIDE))
-    assert found.objective < objective(at, data)
-    # The dual objective at r = p - y: mean entropy of p less |sum_i c_i r_i x_i^T|^2 / (2 l2).
-    logits = np.asarray(linear_logits(found.params, data.features), np.float64)
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
-    share = np.asarray(data.share, np.float64)
-    product = (share[:, None] * (p - np.eye(CLASSES)[data.labels])).T @ np.asarray(data.features)
-    dual = -share @ (p * np.log(p)).sum(-1) - (product**2).sum() / (2 * L2)
-    np.testing.assert_allclose(found.gap, found.objective - dual, 1e-4)
-
-
-def test_without_penalty_the_gap_is_half_the_squared_newton_decrement() -> None:
-    data, at = problem(0.0), params()
-    enough = jnp.asarray(1e6, WIDE)
-    found = certify(at, data, fit_bias=True, tol=enough)
-
-    def flat_objective(flat: jax.Array) -> jax.Array:
-        weights, bias = flat[: CLASSES * WIDTH], flat[CLASSES * WIDTH :]
-        return objective(Params(weights.reshape(CLASSES, WIDTH), bias), data)
-
-    flat = jnp.concatenate([found.params.weights.ravel(), found.params.bias])
-    gradient, hessian = jax.grad(flat_objective)(flat), jax.hessian(flat_objective)(flat)
-    expected = gradient @ np.linalg.pinv(hessian, rcond=1e-5) @ gradient / 2
-    np.testing.assert_allclose(found.gap, expected, rtol=0.02)
-    # It stops early, with a lower bound, where that is already too large.
-    early = certify(at, data, fit_bias=True, tol=jnp.asarray(1e-9, WIDE))
-    assert 1e-9 * early.objective < early.gap < expected
-
-
-def test_a_saturated_model_keeps_a_finite_bias() -> None:
-    data = problem()
-    found = certify(
-        params()._replace(weights=1e6 * params().weights), data, fit_bias=True, tol=data.l2
-    )
-    assert jnp.isfinite(found.params.bias).all()
 
 
 @pytest.mark.single

@@ -12,7 +12,8 @@ from sklearn.linear_model import LogisticRegression
 
 from jaxsoftmax import Fit, Params, Status, diverging_weights, fit, linear_logits, softmax
 from jaxsoftmax import objective as objective_module
-from jaxsoftmax.objective import make_problem, objective
+from jaxsoftmax._problem import make_problem
+from jaxsoftmax.objective import objective
 from tests.helpers import WIDE, eps, in_double
 
 pytestmark = pytest.mark.slow
@@ -394,7 +395,7 @@ def test_a_single_present_class_is_certain(l2: float) -> None:
 
 
 @in_double
-@pytest.mark.parametrize("argument", ["l2", "sample_weight", "features", "offset"])
+@pytest.mark.parametrize("argument", ["l2", "sample_weight", "features", "offset", "labels"])
 @pytest.mark.parametrize("fit_bias", [True, False])
 def test_derivatives_of_a_fit_equal_finite_differences(argument: str, fit_bias: bool) -> None:
     features, labels = data()
@@ -404,14 +405,16 @@ def test_derivatives_of_a_fit_equal_finite_differences(argument: str, fit_bias: 
         "sample_weight": jnp.asarray(rng.uniform(0.5, 1.5, EXAMPLES)),
         "features": features,
         "offset": jnp.asarray(rng.normal(size=(EXAMPLES, CLASSES))),
+        "labels": jnp.asarray(rng.normal(size=(EXAMPLES, CLASSES))),  # logits of probabilities
     }
 
     @jax.jit
     def fitted(value: jax.Array) -> tuple[Params, jax.Array]:
         kwargs = arguments | {argument: value}
+        soft = softmax(kwargs.pop("labels"))
         result = fit(
             kwargs.pop("features"),
-            labels,
+            soft if argument == "labels" else labels,
             num_classes=CLASSES,
             fit_bias=fit_bias,
             tol=1e-14,
@@ -420,6 +423,23 @@ def test_derivatives_of_a_fit_equal_finite_differences(argument: str, fit_bias: 
         return result.params, result.objective
 
     check_grads(fitted, (arguments[argument],), order=1, atol=1e-5, rtol=1e-5, eps=1e-4)
+
+
+@in_double
+def test_derivatives_of_many_features_and_few_examples_equal_finite_differences() -> None:
+    rng = np.random.default_rng(0)
+    features, labels = jnp.asarray(rng.normal(size=(12, 30)) + 1), rng.integers(0, CLASSES, 12)
+
+    @jax.jit
+    def fitted(features: jax.Array, l2: jax.Array) -> tuple[Params, jax.Array]:
+        result = fit(features, labels, num_classes=CLASSES, l2=l2, tol=1e-14)
+        return result.params, result.objective
+
+    check_grads(fitted, (features, jnp.asarray(0.05)), order=1, atol=1e-5, rtol=1e-5, eps=1e-4)
+    l2s = jnp.array([0.01, 0.1])
+    batched, _ = jax.vmap(fitted, (None, 0))(features, l2s)
+    for one, l2 in zip(batched.weights, l2s, strict=True):
+        np.testing.assert_allclose(one, fitted(features, l2)[0].weights, atol=1e-6)
 
 
 @in_double
@@ -481,11 +501,10 @@ def fit_program(examples: int, classes: int, width: int) -> Any:
 @pytest.mark.single
 def test_a_problem_in_blocks_of_rows_has_the_same_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = data()
-    features = features[:-1]  # which 11 does not divide
-    labels = labels[:-1]
     kwargs: dict[str, Any] = {"sample_weight": None, "offset": None, "init": None}
     whole = [small_fit(features, labels, l2=l2, **kwargs) for l2 in (0.0, L2)]
-    monkeypatch.setattr(objective_module, "_LOGITS", 4 * 11 * CLASSES)
+    monkeypatch.setattr(objective_module, "_LOGITS", 0)
+    monkeypatch.setattr(objective_module, "_BLOCK", 8 * CLASSES)  # 8 rows, which do not divide 60
     jax.clear_caches()
     parts = [small_fit(features, labels, l2=l2, **kwargs) for l2 in (0.0, L2)]
     jax.clear_caches()

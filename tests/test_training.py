@@ -10,7 +10,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from jaxsoftmax import Params, training
-from jaxsoftmax.objective import make_problem, objective
+from jaxsoftmax._problem import make_problem
+from jaxsoftmax.objective import objective
 from tests.helpers import WIDE
 
 pytestmark = [pytest.mark.single, pytest.mark.slow]

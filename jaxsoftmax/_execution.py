@@ -1,0 +1,39 @@
+"""How a program over arrays is run: its precision, and its arrays sharded or not."""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
+
+import jax
+from jax.sharding import PartitionSpec
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def precise(f: _Function) -> _Function:
+    """f with products of matrices in the whole precision of their dtype, which on a GPU or a TPU is
+    not the default: a certificate needs it."""
+
+    @wraps(f)
+    def precisely(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return f(*args, **kwargs)
+
+    return cast(_Function, precisely)
+
+
+def partitioned(f: _Function) -> _Function:
+    """f of arrays that may be explicitly sharded: the compiler shares out the work as it does for
+    others, and results are whole."""
+
+    @wraps(f)
+    def whole(*arrays: Any, **options: Any) -> Any:
+        meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(arrays)]
+        explicit = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+        if explicit is None:
+            return f(*arrays, **options)
+        with jax.sharding.use_abstract_mesh(explicit):
+            run = jax.sharding.auto_axes(partial(f, **options), out_sharding=PartitionSpec())
+            return run(*arrays)
+
+    return cast(_Function, whole)
