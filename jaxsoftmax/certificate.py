@@ -62,7 +62,7 @@ def separates(value: Float[Array, ""], problem: Problem) -> Bool[Array, ""]:
 def _offset_range(problem: Problem) -> Array:
     """The largest difference between offsets of one example that counts."""
     if problem.offset is None:
-        return jnp.zeros_like(problem.share[0])
+        return jnp.zeros((), problem.share.dtype)
     present = True if problem.classes is None else problem.classes[:, None]
     most = jnp.max(jnp.where(present, problem.offset, -jnp.inf), 0)
     least = jnp.min(jnp.where(present, problem.offset, jnp.inf), 0)

@@ -30,7 +30,7 @@ class Fit(NamedTuple):
       params: weights (classes, features) and bias (classes,).
       objective: mean loss plus penalty, in nats per example.
       gap: bound on (objective - minimum) / objective: the duality gap where l2 > 0, half the
-        squared Newton decrement where l2 = 0.
+        squared Newton decrement where l2 = 0; inf where neither is known, as far from any optimum.
       gradient_norm: 2-norm of the objective's gradient.
       iterations: iterations of the solver.
       status: a `Status`.

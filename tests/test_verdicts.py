@@ -52,6 +52,7 @@ def same_optimum(result: Fit, expected: Fit) -> None:
     np.testing.assert_allclose(result.params.weights, expected.params.weights, atol=0.02)
 
 
+@pytest.mark.single
 @PENALTIES
 @pytest.mark.parametrize("weight", [0.0, 1e-7])
 def test_a_dropped_example_of_another_size_hides_no_column(l2: float, weight: float) -> None:
@@ -62,6 +63,7 @@ def test_a_dropped_example_of_another_size_hides_no_column(l2: float, weight: fl
     same_optimum(fitted(huge, labels, l2=l2, sample_weight=weights), plain)
 
 
+@pytest.mark.single
 @SOLVERS
 def test_offsets_that_separate_do_not_make_the_examples_separable(solver: str) -> None:
     features, labels = jnp.array([[0.0], [1], [0], [1]], WIDE), jnp.array([0, 0, 1, 1])
@@ -82,6 +84,7 @@ def test_separable_examples_are_so_whatever_their_offsets() -> None:
         np.testing.assert_allclose(result.gap, 1)
 
 
+@pytest.mark.single
 @SOLVERS
 def test_shares_of_several_classes_are_never_separable(solver: str) -> None:
     features = jnp.array([[0.0], [1.0], [2.0]], WIDE)
@@ -116,6 +119,7 @@ def test_a_start_without_curvature_has_no_small_gap(l2: float, max_iter: int) ->
     assert result.objective * (1 - result.gap) <= best.objective
 
 
+@pytest.mark.single
 @PENALTIES
 @pytest.mark.parametrize("examples", [1, 5])
 def test_without_features_the_bias_has_the_shares_of_the_classes(l2: float, examples: int) -> None:
@@ -167,16 +171,14 @@ def test_without_penalty_an_unsolved_newton_system_is_no_certificate(
         assert true <= 2 * result.gap + 10 * eps(WIDE)
 
 
-@SOLVERS
+@pytest.mark.single
 @PENALTIES
 @pytest.mark.parametrize("shape", [(EXAMPLES, WIDTH), (12, 30)])
-def test_the_gradient_norm_is_that_of_the_objective(
-    shape: tuple[int, int], l2: float, solver: str
-) -> None:
+def test_the_gradient_norm_is_that_of_the_objective(shape: tuple[int, int], l2: float) -> None:
     rng = np.random.default_rng(0)
     features = jnp.asarray(rng.normal(size=shape) + 10, WIDE)
     labels = jnp.asarray(rng.integers(0, CLASSES, shape[0]))
-    result = fit(features, labels, num_classes=CLASSES, l2=l2, solver=solver, max_iter=2)
+    result = fit(features, labels, num_classes=CLASSES, l2=l2, max_iter=2)
     problem = make_problem(features, labels, l2=jnp.asarray(l2, WIDE), num_classes=CLASSES)
     gradient = jax.grad(objective)(result.params, problem)
     expected = jnp.sqrt(jnp.sum(gradient.weights**2) + jnp.sum(gradient.bias**2))
@@ -184,6 +186,7 @@ def test_the_gradient_norm_is_that_of_the_objective(
     np.testing.assert_allclose(result.gradient_norm, expected, rtol=1e-2)
 
 
+@pytest.mark.single
 def test_separable_examples_have_gap_1_from_any_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preconditioner, "_LARGE", 0)  # where a sample gives the first steps
     rng = np.random.default_rng(0)

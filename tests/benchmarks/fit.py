@@ -326,7 +326,7 @@ def main() -> None:
         curves[data.name], found = report(data, arguments.limit)
         if math.isfinite(max(found)):
             ratios.append(found)
-    for dtype, column in zip(DTYPES, zip(*ratios, strict=True), strict=True):
+    for dtype, column in zip(DTYPES, zip(*ratios, strict=True), strict=bool(ratios)):
         print(
             f"\nbest peer / ours, {dtype}: geometric mean {statistics.geometric_mean(column):.2f}, "
             f"least {min(column):.2f}"
