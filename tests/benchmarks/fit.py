@@ -26,6 +26,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,9 @@ class Data(NamedTuple):
     @property
     def l2(self) -> float:
         return 1 / len(self.labels)
+
+    def astype(self, dtype: str) -> "Data":
+        return self._replace(features=self.features.astype(dtype, copy=False))
 
 
 class Run(NamedTuple):
@@ -115,23 +119,21 @@ def run(data: Data, name: str, call: Callable[[], Params]) -> Run:
     return Run(name, call, seconds, objective(data, *params))
 
 
-def ours(data: Data, dtype: str, tol: float) -> Callable[[], Params]:
-    features, labels = jnp.asarray(data.features, dtype), jnp.asarray(data.labels)
-
-    def call() -> Params:
-        return fit(features, labels, num_classes=data.classes, l2=data.l2, tol=tol).params
-
-    return call
+# The contenders compute in the dtype of the features.
 
 
-def scikit_learn(data: Data, dtype: str, solver: str, tol: float) -> Callable[[], Params]:
-    features = data.features.astype(dtype)
+def ours(data: Data) -> Callable[[float], Params]:
+    """`fit` as a function of the tolerance."""
+    features, labels = jnp.asarray(data.features), jnp.asarray(data.labels)
+    return lambda tol: fit(features, labels, num_classes=data.classes, l2=data.l2, tol=tol).params
 
+
+def scikit_learn(data: Data, solver: str, tol: float) -> Callable[[], Params]:
     def call() -> Params:
         # Of two classes it has one row, their difference, of which our penalty is half as large.
         strength = 2.0 if data.classes == 2 else 1.0
         model = LogisticRegression(C=strength, solver=solver, tol=tol, max_iter=20_000)
-        model.fit(features, data.labels)
+        model.fit(data.features, data.labels)
         if data.classes == 2:
             rows = (np.array([[-1], [1]]) / 2 * part for part in (model.coef_, model.intercept_))
             weights, bias = rows
@@ -141,8 +143,8 @@ def scikit_learn(data: Data, dtype: str, solver: str, tol: float) -> Callable[[]
     return call
 
 
-def torch_lbfgs(data: Data, dtype: str, steps: int) -> Callable[[], Params]:
-    features = torch.from_numpy(data.features.astype(dtype))
+def torch_lbfgs(data: Data, steps: int) -> Callable[[], Params]:
+    features = torch.from_numpy(data.features)
     labels = torch.from_numpy(data.labels.astype(np.int64))
     width = features.shape[1]
 
@@ -172,18 +174,19 @@ def torch_lbfgs(data: Data, dtype: str, steps: int) -> Callable[[], Params]:
     return call
 
 
-def peers(data: Data) -> Iterator[tuple[str, list[Callable[[], Params]]]]:
-    """A name and its settings from loose to tight."""
+def peers(copies: dict[str, Data]) -> Iterator[tuple[str, list[Callable[[], Params]]]]:
+    """A name and its settings from loose to tight, on the data in each dtype."""
+    data = copies["float64"]
     solvers = ["lbfgs", "newton-cg"]
     if data.classes * data.features.shape[1] <= LARGEST_HESSIAN:
         solvers.append("newton-cholesky")
-    for dtype in DTYPES:
+    for dtype, data in copies.items():
         for solver in solvers:
-            calls = [scikit_learn(data, dtype, solver, tol) for tol in TOLERANCES]
+            calls = [scikit_learn(data, solver, tol) for tol in TOLERANCES]
             yield f"scikit-learn {solver} {dtype}", calls
-    for dtype in DTYPES if torch else ():
+    for dtype, data in copies.items() if torch else ():
         steps = [30, 100, 300, 1000, 3000, 10_000]
-        yield f"torch LBFGS {dtype}", [torch_lbfgs(data, dtype, count) for count in steps]
+        yield f"torch LBFGS {dtype}", [torch_lbfgs(data, count) for count in steps]
 
 
 def products_of(data: Data, dtype: str) -> tuple[int, int, str]:
@@ -216,13 +219,14 @@ def measured(data: Data, limit: float) -> tuple[dict[str, list[Run]], dict[str, 
     """All runs by contender, and the first call's seconds of ours."""
     runs: dict[str, list[Run]] = {}
     first = {}
-    for dtype in DTYPES:
-        name = f"jaxsoftmax {dtype}"
-        first[name], _ = timed(ours(data, dtype, GAP))
+    copies = {dtype: data.astype(dtype) for dtype in DTYPES}
+    for dtype, copy in copies.items():
+        name, fitted = f"jaxsoftmax {dtype}", ours(copy)
+        first[name], _ = timed(partial(fitted, GAP))
         tols = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, GAP, 1e-7, *([1e-11] * (dtype == "float64"))]
-        runs[name] = [run(data, f"{name} tol={tol:.0e}", ours(data, dtype, tol)) for tol in tols]
+        runs[name] = [run(data, f"{name} tol={tol:.0e}", partial(fitted, tol)) for tol in tols]
     best = min(r.objective for results in runs.values() for r in results)
-    for name, calls in peers(data):
+    for name, calls in peers(copies):
         runs[name] = []
         for call in calls:
             result = run(data, name, call)
