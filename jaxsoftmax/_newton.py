@@ -296,7 +296,7 @@ def _minimised(
         settled = (decrement <= 1e-3 * tol * point.value) | (state.polished + 1 >= _POLISHES)
         # The duality gap at the optimal bias, where the gradient is what this step leaves of it.
         at_bias = certificate.weights_gap(cg.residual, gap_scale)
-        to_bias = decrement * certificate.growth(2 * size)
+        to_bias = certificate.newton_gap(decrement, 2 * size)
         # Conjugate gradients approach the decrement from below.
         accurate = cg.squared <= _LEAST_FORCING**2 * cg.first
         gap = jnp.where(penalised, at_bias + to_bias, jnp.where(accurate, decrement, jnp.inf))

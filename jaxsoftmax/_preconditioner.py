@@ -18,7 +18,7 @@ _BYTES = 2**26  # the most that the factors may take, if it is more than an eigh
 _LARGE = 2**20  # entries of features
 _ROWS = 512  # of features that are multiplied at a time
 _PANEL = 256  # columns
-_TINY = 1e-30
+_TINY = 1e-30  # of a diagonal that is 0 throughout
 _JITTER = 1e-5  # relative to the diagonal; float32 products of columns are no better than that
 
 

@@ -29,17 +29,17 @@ def gap_scale(root: Array) -> Array:
     return jnp.where(penalised, math.sqrt(0.5) / jnp.where(penalised, root, 1), 0)
 
 
-def growth(change: Array) -> Array:
-    r"""By how much a Newton step that moves logits apart by `change` may fall short of its
-    decrement: a factor :math:`e^r`, and no bound from r = 1 on.
+def newton_gap(decrement: Array, change: Array) -> Array:
+    r"""How far f may fall along a Newton step that moves logits apart by `change` = r.
 
-    Along the step the second derivative falls no faster than :math:`e^{-rt}`.
+    It is :math:`e^r` times `decrement`, half the squared one of the step, for the second derivative
+    falls no faster than :math:`e^{-rt}`. From r = 1 on there is no such bound.
 
     Reference:
       Bach (2010), Self-concordant analysis for logistic regression, Electronic Journal of
       Statistics 4.
     """
-    return jnp.where(change < 1, jnp.exp(jnp.minimum(change, 1)), jnp.inf)
+    return jnp.where(change < 1, decrement * jnp.exp(jnp.minimum(change, 1)), jnp.inf)
 
 
 def separates(value: Float[Array, ""], problem: Problem) -> Bool[Array, ""]:

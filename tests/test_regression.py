@@ -14,40 +14,13 @@ from jaxsoftmax import Fit, Params, Status, diverging_weights, fit, linear_logit
 from jaxsoftmax import objective as objective_module
 from jaxsoftmax._problem import make_problem
 from jaxsoftmax.objective import objective
+from tests.fits import CLASSES, EXAMPLES, L2, TOL, WIDTH, data, small_fit, status
 from tests.helpers import WIDE, eps, in_double
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES, WIDTH, CLASSES = 60, 4, 3
-TOL = 1e-10 if jnp.float64 == WIDE else 1e-6
-L2 = 1e-2
 # The objective is L2-strongly convex in the weights: a gap of TOL leaves them this far off.
 close = partial(np.testing.assert_allclose, rtol=1e-3, atol=(2 * TOL * np.log(CLASSES) / L2) ** 0.5)
-
-
-def data(seed: int = 0) -> tuple[jax.Array, jax.Array]:
-    rng = np.random.default_rng(seed)
-    features = rng.normal(size=(EXAMPLES, WIDTH))
-    scores = features @ rng.normal(size=(WIDTH, CLASSES)) + rng.gumbel(size=(EXAMPLES, CLASSES))
-    return jnp.asarray(features, WIDE), jnp.asarray(scores.argmax(-1))
-
-
-def small_fit(features: jax.Array, labels: jax.Array, **kwargs: Any) -> Fit:
-    """A fit that passes every array, so that most tests share one compilation."""
-    classes = kwargs.setdefault("num_classes", CLASSES)
-    defaults: dict[str, Any] = {
-        "l2": L2,
-        "tol": TOL,
-        "max_iter": 500,
-        "sample_weight": jnp.ones(len(features), WIDE),
-        "offset": jnp.zeros((len(features), classes), WIDE),
-        "init": Params(jnp.zeros((classes, WIDTH), WIDE), jnp.zeros(classes, WIDE)),
-    }
-    return fit(features, labels, **(defaults | kwargs))
-
-
-def status(result: Fit) -> Status:
-    return Status(int(result.status))
 
 
 def test_the_optimum_is_that_of_scikit_learn() -> None:

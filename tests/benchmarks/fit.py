@@ -195,6 +195,7 @@ def products_of(data: Data, dtype: str) -> tuple[int, int, str]:
         jnp.asarray(data.features, dtype),
         jnp.asarray(data.labels),
         l2=jnp.asarray(data.l2, dtype),
+        num_classes=data.classes,
     )
     zeros = jnp.zeros((data.classes, data.features.shape[1]), dtype)
     init = Params(zeros, zeros[:, 0])

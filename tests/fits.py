@@ -1,0 +1,39 @@
+"""Examples to fit, and the fit of them, that several tests share."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoftmax import Fit, Params, Status, fit
+from tests.helpers import WIDE
+
+EXAMPLES, WIDTH, CLASSES = 60, 4, 3
+TOL = 1e-10 if jnp.float64 == WIDE else 1e-6
+L2 = 1e-2
+
+
+def data(seed: int = 0) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(EXAMPLES, WIDTH))
+    scores = features @ rng.normal(size=(WIDTH, CLASSES)) + rng.gumbel(size=(EXAMPLES, CLASSES))
+    return jnp.asarray(features, WIDE), jnp.asarray(scores.argmax(-1))
+
+
+def small_fit(features: jax.Array, labels: jax.Array, **kwargs: Any) -> Fit:
+    """A fit that passes every array, so that most tests share one compilation."""
+    classes = kwargs.setdefault("num_classes", CLASSES)
+    defaults: dict[str, Any] = {
+        "l2": L2,
+        "tol": TOL,
+        "max_iter": 500,
+        "sample_weight": jnp.ones(len(features), WIDE),
+        "offset": jnp.zeros((len(features), classes), WIDE),
+        "init": Params(jnp.zeros((classes, WIDTH), WIDE), jnp.zeros(classes, WIDE)),
+    }
+    return fit(features, labels, **(defaults | kwargs))
+
+
+def status(result: Fit) -> Status:
+    return Status(int(result.status))
