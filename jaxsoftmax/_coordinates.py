@@ -140,20 +140,24 @@ def view(problem: Problem, *, centre: bool) -> View:
     return View(problem, mean, jnp.where(spread, 1 / jnp.where(spread, scale, 1), 0))
 
 
-def standard(of: View, dtype: DTypeLike) -> Standard:
-    """The same problem with a copy of the features in these coordinates, in `dtype`.
+def standard_columns(of: View, dtype: DTypeLike) -> Array:
+    """A copy of the features in these coordinates, in `dtype`."""
+    features = of.problem.features.astype(of.mean.dtype)
+    return ((features - of.mean) * of.inverse).astype(dtype)
+
+
+def standard(of: View, columns: Array) -> Standard:
+    """The same problem in the coordinates of its `standard_columns`, and in their dtype.
 
     Each column has its own penalty there.
     """
-    problem, mean, inverse = of
-    wide = mean.dtype
-    features = ((problem.features.astype(wide) - mean) * inverse).astype(dtype)
+    problem, dtype = of.problem, columns.dtype
     # A column of size 1e-20 has a penalty that float32 can't hold; its weight is 0 all the same.
-    root = jnp.sqrt(problem.l2) * jnp.where(inverse > 0, inverse, 1)
+    root = jnp.sqrt(problem.l2) * jnp.where(of.inverse > 0, of.inverse, 1)
     l2 = jnp.minimum(root, 1e15) ** 2
     return Standard(
         problem._replace(
-            features=features,
+            features=columns,
             labels=problem.labels.astype(dtype) if problem.labels.ndim == 2 else problem.labels,
             share=problem.share.astype(dtype),
             offset=None if problem.offset is None else problem.offset.astype(dtype),

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
+from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -37,3 +39,28 @@ def partitioned(f: _Function) -> _Function:
             return run(*arrays)
 
     return cast(_Function, whole)
+
+
+class Lanes(NamedTuple):
+    """Problems that are solved side by side, under `jax.vmap` with an axis name; without, one.
+
+    What they have in common has no axis for them: it is computed once, and decided once.
+    """
+
+    count: int = 1
+    axis_name: str | None = None
+
+    def any(self, holds: Array) -> Array:
+        return self.most(holds.astype(jnp.int32)) > 0
+
+    def all(self, holds: Array) -> Array:
+        return ~self.any(~holds)
+
+    def most(self, value: Array) -> Array:
+        return value if self.axis_name is None else lax.pmax(value, self.axis_name)
+
+    def mean(self, value: Array) -> Array:
+        return value if self.axis_name is None else lax.pmean(value, self.axis_name)
+
+
+ALONE = Lanes()

@@ -22,7 +22,7 @@ def solve_hessian(params: Params, problem: Problem, right: Params, *, fit_bias: 
     view = _coordinates.view(problem, centre=fit_bias)
     # A column without spread has a derivative: that with respect to its entries.
     view = view._replace(inverse=jnp.where(view.inverse > 0, view.inverse, 1))
-    fast = _coordinates.standard(view, dtype)
+    fast = _coordinates.standard(view, _coordinates.standard_columns(view, dtype))
     free = _coordinates.projection(problem, classes, fit_bias=fit_bias)
     at = curvature(fast.params(view.table_of(params)), fast.problem)
     plan = _preconditioner.plan(examples, width, classes, kept=not in_blocks(classes, problem))

@@ -1,6 +1,7 @@
 """Truncated Newton's method for the objective, with one preconditioner for many steps."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,9 @@ from jaxsoftmax._conjugate_gradient import (
     informed,
     once,
 )
-from jaxsoftmax._coordinates import Standard, View
+from jaxsoftmax._coordinates import RowSpace, Standard, View
+from jaxsoftmax._execution import ALONE, Lanes
+from jaxsoftmax._preconditioner import Plan
 from jaxsoftmax._problem import Problem, thinned
 from jaxsoftmax.objective import Curvature, Params, curvature, in_blocks, value_and_gradient
 from jaxsoftmax.solvers import RUNNING, Fit, Status
@@ -44,18 +47,32 @@ class Point(NamedTuple):
     weights_gap: Array
 
 
+class Shared(NamedTuple):
+    """What the iteration of problems side by side has in common.
+
+    Attributes:
+      inverse: the preconditioner.
+      owed: products since it was made, those with a sample's Hessian in proportion; -1 before.
+      rough: whether points were evaluated in float32, though the problem has float64.
+      sampled: whether steps are taken with the Hessian of a sample of the examples.
+      exact: whether products are computed in the dtype of the problem.
+    """
+
+    inverse: Array
+    owed: Array
+    rough: Array
+    sampled: Array
+    exact: Array
+
+
 class State(NamedTuple):
     """A point, and what the iteration knows besides.
 
     Attributes:
+      shared: what it shares with other problems.
       at: the point.
       gap: bound on objective - minimum there, if it is known.
-      inverse: the preconditioner.
-      memory: directions of the last step's conjugate gradients, which correct it.
-      owed: products since it was made, those with a sample's Hessian in proportion; -1 before.
-      rough: whether the point was evaluated in float32, though the problem has float64.
-      sampled: whether steps are taken with the Hessian of a sample of the examples.
-      exact: whether products are computed in the dtype of the problem.
+      memory: directions of the last step's conjugate gradients, which correct the preconditioner.
       drop: the squared decrement of the last step, relative to the objective.
       idle: steps in a row without progress.
       polished: steps of the bias alone, in a row.
@@ -65,20 +82,57 @@ class State(NamedTuple):
       status: a `Status`, or RUNNING.
     """
 
+    shared: Shared
     at: Point
     gap: Array
-    inverse: Array
     memory: Memory
-    owed: Array
-    rough: Array
-    sampled: Array
-    exact: Array
     drop: Array
     idle: Array
     polished: Array
     iterations: Array
     products: Array
     status: Array
+
+
+class Frame(NamedTuple):
+    """What problems of the same features share.
+
+    Attributes:
+      rows: the space of the rows, if there are fewer of them than columns.
+      view: the coordinates, and the problem that they are of.
+      columns: the features in standard coordinates.
+      sample: those of a sample.
+      mean: the covariance of the columns, if a preconditioner wants it.
+    """
+
+    rows: RowSpace | None
+    view: View
+    columns: Array
+    sample: Array | None
+    mean: Array | None
+
+
+def frame(problem: Problem, classes: int, *, fit_bias: bool, lanes: Lanes = ALONE) -> Frame:
+    """That of a problem and of others with the same features."""
+    rows = None
+    if problem.features.shape[1] > problem.features.shape[0]:
+        rows, problem = _coordinates.row_space(problem, centre=fit_bias)
+    view = _coordinates.view(problem, centre=fit_bias)
+    fast = _coordinates.standard(view, _coordinates.standard_columns(view, _FAST)).problem
+    plan = _plan(fast, classes, lanes.count)
+    sample = thinned(fast, plan.stride) if plan.stride > 1 else None
+    return Frame(
+        rows=rows,
+        view=view,
+        columns=fast.features,
+        sample=None if sample is None else sample.features,
+        mean=_preconditioner.covariance(sample or fast) if plan.groups else None,
+    )
+
+
+def _plan(problem: Problem, classes: int, lanes: int) -> Plan:
+    kept = not in_blocks(classes, problem)
+    return _preconditioner.plan(*problem.features.shape, classes, kept=kept, lanes=lanes)
 
 
 def newton_cg(
@@ -116,126 +170,213 @@ def newton_cg(
       (2011), On the use of stochastic Hessian information in optimization methods for machine
       learning, SIAM Journal on Optimization 21.
     """
-    how = fit_bias, tol, max_iter
-    if problem.features.shape[1] > problem.features.shape[0]:
-        rows, inner = _coordinates.row_space(problem, centre=fit_bias)
-        params, gradient, end = _minimised(inner, rows.inward(init), *how)
-        params, gradient = rows.outward(params), rows.gradient(gradient)
-    else:
-        params, gradient, end = _minimised(problem, init, *how)
-    value = end.at.value
-    fit = Fit(
-        params=params,
-        objective=value,
-        gap=end.gap / jnp.where(value == 0, 1, value),
-        gradient_norm=jnp.sqrt(jnp.sum(gradient.weights**2) + jnp.sum(gradient.bias**2)),
-        iterations=end.iterations,
-        status=end.status,
-    )
-    return fit, end.products
+    shared = frame(problem, init.bias.size, fit_bias=fit_bias)
+    newton = Newton.of(problem, shared, init.bias.size, fit_bias=fit_bias)
+    end = newton.minimised(newton.start(init, max_iter), tol, max_iter)
+    return newton.fit(end), end.products
 
 
-def _minimised(
-    problem: Problem, init: Params, fit_bias: bool, tol: Array, max_iter: Array
-) -> tuple[Params, Params, State]:
-    """Parameters, the gradient there, and what the iteration knows at its end."""
-    view = _coordinates.view(problem, centre=fit_bias)
-    fast = _coordinates.standard(view, _FAST)
-    wide = problem.share.dtype
-    exact = fast if wide == _FAST else view
-    examples, width = problem.features.shape
-    classes = init.bias.size
-    zero, infinite = jnp.zeros((), jnp.int32), jnp.full((), jnp.inf, wide)
+@dataclass(frozen=True)
+class Newton:
+    """Newton's method for one problem, or for one of several side by side."""
 
-    penalised = problem.l2 > 0
-    ridge = jnp.append(fast.problem.l2, 0 if fit_bias else 1)
-    gap_scale = certificate.gap_scale(jnp.append(jnp.sqrt(problem.l2) * view.inverse, 0))
+    rows: RowSpace | None
+    view: View
+    fast: Standard
+    sample: Problem | None
+    mean: Array | None
+    free: Callable[[Array], Array]
+    ridge: Array
+    gap_scale: Array
+    penalised: Array
+    plan: Plan
+    lanes: Lanes
 
-    free = _coordinates.projection(problem, classes, fit_bias=fit_bias)
+    @staticmethod
+    def of(
+        problem: Problem,
+        frame: Frame,
+        classes: int,
+        *,
+        fit_bias: bool,
+        lanes: Lanes = ALONE,
+    ) -> "Newton":
+        view = frame.view._replace(problem=problem._replace(features=frame.view.problem.features))
+        fast = _coordinates.standard(view, frame.columns)
+        plan = _plan(fast.problem, classes, lanes.count)
+        sample = None
+        if frame.sample is not None:
+            sample = thinned(fast.problem, plan.stride)._replace(features=frame.sample)
+        return Newton(
+            rows=frame.rows,
+            view=view,
+            fast=fast,
+            sample=sample,
+            mean=frame.mean,
+            free=_coordinates.projection(problem, classes, fit_bias=fit_bias),
+            ridge=jnp.append(fast.problem.l2, 0 if fit_bias else 1),
+            gap_scale=certificate.gap_scale(jnp.append(jnp.sqrt(problem.l2) * view.inverse, 0)),
+            penalised=problem.l2 > 0,
+            plan=plan,
+            lanes=lanes,
+        )
 
-    def evaluate(table: Array, rough: Array) -> Point:
-        def evaluated(of: View | Standard, dtype: DTypeLike) -> tuple[Array, Array]:
+    @property
+    def wide(self) -> DTypeLike:
+        return self.view.problem.share.dtype
+
+    @property
+    def exact(self) -> View | Standard:
+        return self.fast if self.wide == _FAST else self.view
+
+    @property
+    def may_be_rough(self) -> bool:
+        return self.plan.large and self.exact is not self.fast
+
+    def start(self, init: Params, max_iter: Array) -> State:
+        table = self.view.table_of(init if self.rows is None else self.rows.inward(init))
+        width = table.shape[1]
+        shape = (self.plan.groups or 1, width, width)
+        infinite, zero = jnp.full((), jnp.inf, self.wide), jnp.zeros((), jnp.int32)
+        return State(
+            shared=Shared(
+                inverse=jnp.zeros(shape if self.plan.groups else shape[:2], _FAST),
+                owed=jnp.full((), -1, _FAST),
+                rough=jnp.asarray(self.may_be_rough) & (max_iter > 0),
+                sampled=jnp.full((), self.plan.stride > 1),
+                exact=jnp.zeros((), bool),
+            ),
+            at=Point(table, infinite, jnp.zeros_like(table), infinite),
+            gap=infinite,
+            memory=empty_memory(self.plan.memory, table, _FAST),
+            drop=infinite,
+            idle=zero,
+            polished=zero,
+            iterations=zero - 1,
+            products=jnp.zeros((), _FAST),
+            status=zero + RUNNING,
+        )
+
+    def again(self, state: State, table: Array, max_iter: Array) -> State:
+        """A start from `table` with what the iteration has learnt of a similar problem."""
+        new = self.start(self.view.params(table), max_iter)
+        return new._replace(
+            shared=state.shared._replace(rough=new.shared.rough, exact=new.shared.exact),
+            at=new.at._replace(table=table),
+            memory=state.memory,
+            products=state.products,
+        )
+
+    def minimised(self, start: State, tol: Array, max_iter: Array) -> State:
+        return lax.while_loop(
+            lambda state: self.lanes.any(state.status == RUNNING),
+            lambda state: self.advance(state, tol, max_iter),
+            start,
+        )
+
+    def fit(self, end: State) -> Fit:
+        value = end.at.value
+        params = self.view.params(self.free(end.at.table))  # its steps are, but for their rounding
+        gradient = self.view.gradient(end.at.gradient)
+        if self.rows is not None:
+            params, gradient = self.rows.outward(params), self.rows.gradient(gradient)
+        return Fit(
+            params=params,
+            objective=value,
+            gap=end.gap / jnp.where(value == 0, 1, value),
+            gradient_norm=jnp.sqrt(jnp.sum(gradient.weights**2) + jnp.sum(gradient.bias**2)),
+            iterations=end.iterations,
+            status=end.status,
+        )
+
+    def evaluated(self, table: Array, rough: Array) -> Point:
+        def evaluate(of: View | Standard, dtype: DTypeLike) -> tuple[Array, Array]:
             value, slope = value_and_gradient(of.params(table.astype(dtype)), of.problem)
-            return value.astype(wide), of.table(slope).astype(wide)
+            return value.astype(self.wide), of.table(slope).astype(self.wide)
 
-        exactly = partial(evaluated, exact, wide)
-        roughly = partial(evaluated, fast, _FAST)
-        value, slope = lax.cond(rough, roughly, exactly) if may_be_rough else exactly()
-        gradient = free(slope)
-        return Point(table, value, gradient, certificate.weights_gap(gradient, gap_scale))
+        exactly = partial(evaluate, self.exact, self.wide)
+        roughly = partial(evaluate, self.fast, _FAST)
+        value, slope = lax.cond(rough, roughly, exactly) if self.may_be_rough else exactly()
+        gradient = self.free(slope)
+        return Point(table, value, gradient, certificate.weights_gap(gradient, self.gap_scale))
 
-    def hessian(state: State, at: Curvature, thin: Array) -> Callable[[Array], Array]:
+    def hessian(self, state: State, at: Curvature, thin: Array) -> Callable[[Array], Array]:
         def product_of(here: Curvature) -> Callable[[Array], Array]:
             def product(table: Array) -> Array:
-                image = here.product(fast.params(table.astype(_FAST)))
-                return fast.table(image).astype(wide)
+                image = here.product(self.fast.params(table.astype(_FAST)))
+                return self.fast.table(image).astype(self.wide)
 
             return product
 
         def exact_product(table: Array) -> Array:
-            here = curvature(exact.params(state.at.table), exact.problem)
-            return exact.table(here.product(exact.params(table)))
+            of = self.exact
+            here = curvature(of.params(state.at.table), of.problem)
+            return of.table(here.product(of.params(table)))
 
         fast_product = product_of(at)
-        if sample is not None:
-            here = curvature(fast.params(state.at.table.astype(_FAST)), sample)
+        if self.sample is not None:
+            here = curvature(self.fast.params(state.at.table.astype(_FAST)), self.sample)
             fast_product = partial(lax.cond, thin, product_of(here), fast_product)
-        if exact is fast:
+        if self.exact is self.fast:
             return fast_product
-        return partial(lax.cond, state.exact, exact_product, fast_product)
+        return partial(lax.cond, state.shared.exact, exact_product, fast_product)
 
-    plan = _preconditioner.plan(examples, width, classes, kept=not in_blocks(classes, fast.problem))
-    may_be_rough = plan.large and exact is not fast
-    sample = thinned(fast.problem, plan.stride) if plan.stride > 1 else None
-    mean = (
-        _preconditioner.covariance(fast.problem if sample is None else sample)
-        if plan.groups
-        else None
-    )
-
-    def preconditioner(state: State, at: Curvature, first: Array, due: Array) -> State:
+    def preconditioned(self, shared: Shared, at: Curvature, first: Array, due: Array) -> Shared:
         """The classes are alike at first, so their first one is shared."""
+        spread = self.lanes.mean(at.spread)
+        ridge = self.lanes.mean(self.ridge)
 
         def make(old: Array) -> Array:
             return _preconditioner.inverse(
-                fast.problem, at.spread, mean, ridge, plan, alike=first, old=old
+                self.fast.problem, spread, self.mean, ridge, self.plan, alike=first, old=old
             )
 
-        inverse = once(first | due, make, state.inverse)
-        return state._replace(inverse=inverse, owed=jnp.where(first | due, 0, state.owed))
+        inverse = once(first | due, make, shared.inverse)
+        return shared._replace(inverse=inverse, owed=jnp.where(first | due, 0, shared.owed))
+
+    def cost(self, thin: Array) -> Array:
+        """That of a product, which is 1 with all examples."""
+        return jnp.where(thin, jnp.asarray(1 / self.plan.stride, _FAST), 1)
 
     def direction(
-        state: State, at: Curvature, wanted: Array, polish: Array, thin: Array, ending: Array
+        self,
+        state: State,
+        at: Curvature,
+        tol: Array,
+        wanted: Array,
+        polish: Array,
+        thin: Array,
+        ending: Array,
     ) -> tuple[Progress, Array, Array, Array]:
         """Conjugate gradients for minus the Newton step, or for that of the bias alone; minus the
         step itself, its size, and how fast the objective falls along it."""
-        value = state.at.value
-        product = hessian(state, at, thin)
-        varied = ~polish | (jnp.arange(width + 1) == width)
-
-        corrected = informed(partial(_preconditioner.apply, state.inverse), state.memory)
+        value, width = state.at.value, state.at.table.shape[1]
+        shared = state.shared
+        varied = ~polish | (jnp.arange(width) == width - 1)
+        corrected = informed(partial(_preconditioner.apply, shared.inverse), state.memory)
 
         def precondition(residual: Array) -> Array:
-            residual = jnp.where(varied, free(residual), 0)
-            preconditioned = corrected(residual.astype(_FAST)).astype(wide)
-            return jnp.where(varied, free(preconditioned), 0)
+            residual = jnp.where(varied, self.free(residual), 0)
+            preconditioned = corrected(residual.astype(_FAST)).astype(self.wide)
+            return jnp.where(varied, self.free(preconditioned), 0)
 
         least = jnp.where(thin, _SAMPLED_FORCING, _LEAST_FORCING)
         forcing = jnp.clip(jnp.sqrt(state.drop) / 2, least, _FORCING)
         # With a new preconditioner it goes on; an old one is replaced once that is paid for.
-        most = jnp.maximum((plan.price - state.owed) / cost(thin), _LEAST)
-        most = jnp.where(state.owed > 0, most, _MOST)
+        most = jnp.maximum((self.plan.price - shared.owed) / self.cost(thin), _LEAST)
+        most = jnp.where(shared.owed > 0, most, _MOST)
 
         def proceed(cg: Progress) -> Array:
             # Without a penalty the decrement is the certificate, and so is found well.
-            precise = ~penalised & (ending | (cg.decrement / 2 <= tol * value))
+            precise = ~self.penalised & (ending | (cg.decrement / 2 <= tol * value))
             accuracy = jnp.where(polish, 0.1, jnp.where(precise, _LEAST_FORCING, forcing))
             enough = cg.squared <= accuracy**2 * cg.first
-            gap = certificate.weights_gap(cg.residual, gap_scale)
-            certified = penalised & ~polish & (gap <= tol / 2 * value)
+            gap = certificate.weights_gap(cg.residual, self.gap_scale)
+            certified = self.penalised & ~polish & (gap <= tol / 2 * value)
             allowed = cg.steps.astype(_FAST) < jnp.where(precise, _MOST, most)
             return wanted & ~enough & ~certified & allowed
 
+        product = self.hessian(state, at, thin)
         memory = jax.tree.map(jnp.zeros_like, state.memory)
         gradient = jnp.where(varied, state.at.gradient, 0)
         cg = conjugate_gradient(product, precondition, state.at.gradient, proceed, memory)
@@ -248,11 +389,8 @@ def _minimised(
         slope = jnp.where(flat, _LENGTH * jnp.sum(gradient**2), cg.decrement)
         return cg, step, jnp.where(flat, _LENGTH, size), slope
 
-    def cost(thin: Array) -> Array:
-        return jnp.where(thin, jnp.asarray(1 / plan.stride, _FAST), 1)
-
     def line_search(
-        point: Point, step: Array, size: Array, decrement: Array, slack: Array, rough: Array
+        self, point: Point, step: Array, size: Array, decrement: Array, slack: Array, rough: Array
     ) -> tuple[Point, Array]:
         """The first of the lengths 1, 1/2, 1/4, ... that makes the objective fall enough, or else
         the last that still moves a logit of standard columns. `size` is the largest entry of the
@@ -261,117 +399,111 @@ def _minimised(
         def proceed(carry: tuple[Point, Array, Array]) -> Array:
             new, length, tries = carry
             fallen = new.value <= point.value * (1 + slack) - 1e-4 * length * decrement
-            moves = jnp.isfinite(point.value) & (length * size > jnp.finfo(wide).eps)
+            moves = jnp.isfinite(point.value) & (length * size > jnp.finfo(self.wide).eps)
             return (tries == 0) | (~fallen & moves)
 
         def shorten(carry: tuple[Point, Array, Array]) -> tuple[Point, Array, Array]:
             _, length, tries = carry
-            return evaluate(point.table - length / 2 * step, rough), length / 2, tries + 1
+            new = self.evaluated(point.table - length / 2 * step, rough)
+            return new, length / 2, tries + 1
 
         nowhere = point._replace(value=jnp.full_like(point.value, jnp.nan))
-        new, _, tries = lax.while_loop(proceed, shorten, (nowhere, jnp.full((), 2, wide), zero))
+        twice, none = jnp.full((), 2, self.wide), jnp.zeros((), jnp.int32)
+        new, _, tries = lax.while_loop(proceed, shorten, (nowhere, twice, none))
         return new, tries
 
-    def advance(state: State) -> State:
-        point = state.at
+    def advance(self, state: State, tol: Array, max_iter: Array) -> State:
+        point, lanes, shared = state.at, self.lanes, state.shared
+        running = state.status == RUNNING
         started = state.iterations >= 0
         ending = (state.iterations >= max_iter) | (state.idle >= _IDLE)
         near = (
-            ~state.rough & (point.weights_gap <= tol * point.value) & (state.polished < _POLISHES)
+            ~shared.rough & (point.weights_gap <= tol * point.value) & (state.polished < _POLISHES)
         )
-        polish = started & penalised & (near | ending)
+        polish = started & self.penalised & (near | ending)
 
         finite = jnp.isfinite(point.value + jnp.sum(point.gradient))
-        separable = certificate.separates(point.value, problem)
-        separated = separable & ~state.rough & ((point.value <= tol) | ending)
-        wanted = started & finite & ~separated & (~ending | polish | ~penalised)
-        thin = state.sampled & ~polish & ~ending
-        first = wanted & (state.owed < 0)
-        due = wanted & (state.owed >= plan.price)
-        needed = None if sample is None else first | due | (wanted & ~thin)
-        at = curvature(fast.params(point.table.astype(_FAST)), fast.problem, needed)
-        state = preconditioner(state, at, first, due)
-        cg, step, size, slope = direction(state, at, wanted, polish, thin, ending)
+        separable = certificate.separates(point.value, self.view.problem)
+        separated = separable & ~shared.rough & ((point.value <= tol) | ending)
+        wanted = running & started & finite & ~separated & (~ending | polish | ~self.penalised)
+        thin = shared.sampled & lanes.all(~running | (~polish & ~ending))
+        some = lanes.any(wanted)
+        first = some & (shared.owed < 0)
+        due = some & (shared.owed >= self.plan.price)
+        needed = some if self.sample is None else first | due | (some & ~thin)
+        if lanes.axis_name is None and self.sample is None:
+            needed = None
+        at = curvature(self.fast.params(point.table.astype(_FAST)), self.fast.problem, needed)
+        shared = self.preconditioned(shared, at, first, due)
+        state = state._replace(shared=shared)
+        cg, step, size, slope = self.direction(state, at, tol, wanted, polish, thin, ending)
         decrement = jnp.where(cg.broken, jnp.inf, cg.decrement / 2)
         settled = (decrement <= 1e-3 * tol * point.value) | (state.polished + 1 >= _POLISHES)
         # The duality gap at the optimal bias, where the gradient is what this step leaves of it.
-        at_bias = certificate.weights_gap(cg.residual, gap_scale)
+        at_bias = certificate.weights_gap(cg.residual, self.gap_scale)
         to_bias = certificate.newton_gap(decrement, 2 * size)
         # Conjugate gradients approach the decrement from below.
         accurate = cg.squared <= _LEAST_FORCING**2 * cg.first
-        gap = jnp.where(penalised, at_bias + to_bias, jnp.where(accurate, decrement, jnp.inf))
-        known = ~thin & ~state.rough & (~penalised | polish & settled)
+        gap = jnp.where(self.penalised, at_bias + to_bias, jnp.where(accurate, decrement, jnp.inf))
+        known = ~thin & ~shared.rough & (~self.penalised | polish & settled)
         gap = jnp.where(known, gap, jnp.inf)
-        gap = jnp.where(separable & ~state.rough, point.value, gap)
-        status = zero + RUNNING
+        gap = jnp.where(separable & ~shared.rough, point.value, gap)
+        status = jnp.full((), RUNNING, jnp.int32)
         for holds, verdict in (  # the last that holds counts
             (known & ending, Status.STALLED),
             (known & (state.iterations >= max_iter), Status.MAX_ITER),
             (gap <= tol * point.value, Status.CONVERGED),
             (separated, Status.SEPARABLE),
-            (~finite & ~state.rough, Status.DIVERGED),
+            (~finite & ~shared.rough, Status.DIVERGED),
         ):
             status = jnp.where(started & holds, verdict, status)
-        running = status == RUNNING
-        passes = cg.steps.astype(_FAST) * cost(thin)
+        goes_on = running & (status == RUNNING)
+        passes = cg.steps.astype(_FAST) * self.cost(thin)
         remembered = (cg.steps > 0) & ~polish
         far = slope > jnp.maximum(tol, _ROUGH) * point.value
         far &= ~separable & (state.idle == 0) & (state.iterations + 1 < max_iter)
-        rough = state.rough & (far | ~started)
-        slack = jnp.asarray(4 * jnp.finfo(wide).eps, wide)
-        slack = jnp.where(state.rough, jnp.asarray(16 * jnp.finfo(_FAST).eps, wide), slack)
+        rough = shared.rough & lanes.all(far | ~started | ~running)
+        slack = jnp.asarray(4 * jnp.finfo(self.wide).eps, self.wide)
+        slack = jnp.where(shared.rough, jnp.asarray(16 * jnp.finfo(_FAST).eps, self.wide), slack)
         new, tries = once(
-            running,
-            lambda _: line_search(point, step, size, slope, slack, rough),
-            (point, zero),
+            goes_on,
+            lambda _: self.line_search(point, step, size, slope, slack, rough),
+            (point, jnp.zeros((), jnp.int32)),
         )
         progress = (new.value < point.value * (1 - slack)) | (
-            penalised & (new.weights_gap < point.weights_gap / 2)
+            self.penalised & (new.weights_gap < point.weights_gap / 2)
         )
         # A sample has done what it can, or must not decide that an unpenalised fit is at its end.
         spent = ~progress | (slope > state.drop * point.value / 4)
-        spent |= ~penalised & (decrement <= tol * point.value)
+        spent |= ~self.penalised & (decrement <= tol * point.value)
+        spent &= running & started & ~polish
         idle = jnp.where(progress | ~started, 0, jnp.where(polish, state.idle, state.idle + 1))
-        switch = (idle >= _IDLE) & ~state.exact & (exact is not fast)
-        return State(
+        switch = ~shared.exact & lanes.any(running & (idle >= _IDLE))
+        switch &= self.exact is not self.fast
+        own = State(
+            shared=shared,
             at=new,
             gap=gap,
-            inverse=state.inverse,
             memory=jax.tree.map(
                 lambda new, old: jnp.where(cg.broken, 0, jnp.where(remembered, new, old)),
                 cg.memory,
                 state.memory,
             ),
-            owed=state.owed + passes,
-            rough=rough,
-            sampled=state.sampled & ~(started & spent & ~polish) & ~switch,
-            exact=state.exact | switch,
             drop=jnp.where(started & ~polish, slope / point.value, state.drop),
             idle=jnp.where(switch, 0, idle),
             polished=jnp.where(polish, state.polished + 1, 0),
-            iterations=jnp.where(running & ~polish, state.iterations + 1, state.iterations),
+            iterations=jnp.where(goes_on & ~polish, state.iterations + 1, state.iterations),
             products=state.products + passes + tries.astype(_FAST),
             status=status,
         )
-
-    table = view.table_of(init)
-    shape = (plan.groups or 1, width + 1, width + 1)
-    start = State(
-        at=Point(table, infinite, jnp.zeros_like(table), infinite),
-        gap=infinite,
-        inverse=jnp.zeros(shape if plan.groups else shape[:2], _FAST),
-        memory=empty_memory(plan.memory, table, _FAST),
-        owed=jnp.full((), -1, _FAST),
-        rough=jnp.asarray(may_be_rough) & (max_iter > 0),
-        sampled=jnp.full((), plan.stride > 1),
-        exact=jnp.zeros((), bool),
-        drop=infinite,
-        idle=zero,
-        polished=zero,
-        iterations=zero - 1,
-        products=jnp.zeros((), _FAST),
-        status=zero + RUNNING,
-    )
-    end: State = lax.while_loop(lambda state: state.status == RUNNING, advance, start)
-    table = free(end.at.table)  # as its steps are, but for their rounding
-    return view.params(table), view.gradient(end.at.gradient), end
+        if lanes.axis_name is not None:
+            own = jax.tree.map(partial(jnp.where, running), own, state)
+        return own._replace(
+            shared=Shared(
+                inverse=shared.inverse,
+                owed=shared.owed + lanes.most(passes),
+                rough=rough,
+                sampled=shared.sampled & ~lanes.any(spent) & ~switch,
+                exact=shared.exact | switch,
+            )
+        )

@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     stride: int
 
 
-def plan(examples: int, width: int, classes: int, *, kept: bool) -> Plan:
+def plan(examples: int, width: int, classes: int, *, kept: bool, lanes: int = 1) -> Plan:
     """Measured on two CPU cores; `kept` says that there is a weight for each example and class.
 
     One factor per class cuts the products of a fit to a half (digits, DNA) to a seventh
@@ -67,7 +67,8 @@ def plan(examples: int, width: int, classes: int, *, kept: bool) -> Plan:
     if groups * size > budget:
         groups = 1 if size <= budget else 0
     rows = min(examples, max(2 * examples // max(groups, 4), width, 1))
-    price = 20 + groups * width * (rows + 8 * width) // (20 * classes * examples)
+    side = max(lanes // 2, 1)
+    price = 20 + groups * width * (rows + 8 * width) // (20 * classes * examples * side)
     memory = max(min(8, budget // (8 * classes * (width + 1))), 1)
     large = examples * width >= _LARGE
     stride = 4 if large and examples >= 32 * classes * width else 1

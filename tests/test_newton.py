@@ -105,7 +105,7 @@ def test_coordinates_have_mean_zero_and_size_one_and_give_the_same_objective(
         monkeypatch.setattr(_coordinates, "_BLOCK", 4 * WIDTH)
     far = problem()._replace(features=problem().features * jnp.array([1e-3, 1, 1, 1e3]) + 2)
     view = _coordinates.view(far, centre=True)
-    fast = _coordinates.standard(view, WIDE)
+    fast = _coordinates.standard(view, _coordinates.standard_columns(view, WIDE))
     close(far.share @ fast.problem.features, jnp.zeros(WIDTH), 1e4)
     close(far.share @ jnp.abs(fast.problem.features), jnp.ones(WIDTH), 1e4)
     table = jnp.concatenate([params().weights, params().bias[:, None]], 1)
@@ -121,7 +121,11 @@ def test_a_constant_column_has_no_spread_whatever_its_size() -> None:
     features = problem().features.at[:, 1].set(1e6 / 3)
     view = _coordinates.view(problem()._replace(features=features), centre=True)
     np.testing.assert_array_equal(view.inverse > 0, [True, False, True, True])
-    assert not _coordinates.standard(view, WIDE).problem.features[:, 1].any()
+    assert (
+        not _coordinates.standard(view, _coordinates.standard_columns(view, WIDE))
+        .problem.features[:, 1]
+        .any()
+    )
 
 
 @pytest.mark.parametrize("parts", [False, True], ids=["whole", "in parts"])
