@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxsoftmax._execution import ALONE, Lanes
+
 _Value = TypeVar("_Value")
 
 
@@ -44,6 +46,7 @@ def conjugate_gradient(
     b: Array,
     proceed: Callable[[Progress], Array],
     memory: Memory | None = None,
+    lanes: Lanes = ALONE,
 ) -> Progress:
     """Solve H x = b from x = 0 as long as `proceed` says so. `memory` is written over.
 
@@ -57,30 +60,48 @@ def conjugate_gradient(
         curved = (curvature > 0) & (curvature < jnp.inf)
         alpha = at.squared / jnp.where(curved, curvature, 1)
         broken = ~(curved & jnp.isfinite(alpha * at.squared))
-        curvature = jnp.where(broken, 1, curvature)
         alpha = jnp.where(broken, 0, alpha)
-        scale = jnp.where(broken, 0, lax.rsqrt(curvature))
-        return at._replace(
+        scale = jnp.where(broken, 0, lax.rsqrt(jnp.where(broken, 1, curvature)))
+        new = at._replace(
             x=at.x + alpha * at.direction,
             residual=at.residual - alpha * image,
             decrement=at.decrement + alpha * at.squared,
             steps=at.steps + 1,
             broken=broken,
-            memory=_written(at.memory, at.steps, at.direction, image, scale),
+            memory=None,
         )
+        new = lanes.only(at.running, new, at._replace(memory=None))
+        return new._replace(memory=written(at, image * scale, scale))
+
+    def written(at: Progress, image: Array, scale: Array) -> Memory | None:
+        """The memory with the direction and its image instead of the oldest ones."""
+        if at.memory is None:
+            return None
+        slot = lanes.most(at.steps) % len(at.memory.images)
+
+        def put(old: Array, new: Array) -> Array:
+            new = new.astype(old.dtype)
+            if lanes.axis_name is not None:
+                new = jnp.where(
+                    at.running, new, lax.dynamic_index_in_dim(old, slot, keepdims=False)
+                )
+            return lax.dynamic_update_index_in_dim(old, new, slot, 0)
+
+        return Memory(put(at.memory.directions, at.direction * scale), put(at.memory.images, image))
 
     def advance(at: Progress) -> Progress:
         preconditioned = precondition(at.residual)
         squared = jnp.sum(at.residual * preconditioned)
         start = at.steps == 0
-        at = at._replace(
+        new = at._replace(
             direction=preconditioned + jnp.where(start, 0, squared / at.squared) * at.direction,
             first=jnp.where(start, squared, at.first),
             squared=squared,
             broken=at.broken | ~(squared >= jnp.where(start, 0, -jnp.inf)),
         )
-        at = at._replace(running=(squared > 0) & ~at.broken & proceed(at))
-        return once(at.running, step, at)
+        new = new._replace(running=(squared > 0) & ~new.broken & proceed(new), memory=None)
+        new = lanes.only(at.running, new, at._replace(memory=None))._replace(memory=at.memory)
+        return once(lanes.any(new.running), step, new)
 
     one = jnp.ones((), b.dtype)
     start = Progress(
@@ -95,27 +116,13 @@ def conjugate_gradient(
         running=jnp.ones((), bool),
         memory=memory,
     )
-    end: Progress = lax.while_loop(lambda at: at.running, advance, start)
+    end: Progress = lax.while_loop(lambda at: lanes.any(at.running), advance, start)
     return end
 
 
 def empty_memory(size: int, like: Array, dtype: DTypeLike) -> Memory:
     zeros = jnp.zeros((size, *like.shape), dtype)
     return Memory(zeros, zeros)
-
-
-def _written(
-    memory: Memory | None, step: Array, direction: Array, image: Array, scale: Array
-) -> Memory | None:
-    """With one more direction, instead of the oldest one."""
-    if memory is None:
-        return None
-
-    def put(old: Array, new: Array) -> Array:
-        slot = step % len(old)
-        return lax.dynamic_update_index_in_dim(old, (new * scale).astype(old.dtype), slot, 0)
-
-    return Memory(put(memory.directions, direction), put(memory.images, image))
 
 
 def informed(precondition: Callable[[Array], Array], memory: Memory) -> Callable[[Array], Array]:

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Value = TypeVar("_Value")
 
 
 def precise(f: _Function) -> _Function:
@@ -45,10 +46,12 @@ class Lanes(NamedTuple):
     """Problems that are solved side by side, under `jax.vmap` with an axis name; without, one.
 
     What they have in common has no axis for them: it is computed once, and decided once.
+    Preconditioners are, if the problems are `alike`.
     """
 
     count: int = 1
     axis_name: str | None = None
+    alike: bool = True
 
     def any(self, holds: Array) -> Array:
         return self.most(holds.astype(jnp.int32)) > 0
@@ -59,8 +62,21 @@ class Lanes(NamedTuple):
     def most(self, value: Array) -> Array:
         return value if self.axis_name is None else lax.pmax(value, self.axis_name)
 
-    def mean(self, value: Array) -> Array:
-        return value if self.axis_name is None else lax.pmean(value, self.axis_name)
+    def pooled(self, value: Array, counts: Array) -> Array:
+        """The mean of a value over the problems that count, if they are alike."""
+        if self.axis_name is None or not self.alike:
+            return value
+        total, number = lax.psum(
+            (jnp.where(counts, value, 0), counts.astype(value.dtype)), self.axis_name
+        )
+        return total / jnp.maximum(number, 1)
+
+    def only(self, running: Array, new: _Value, old: _Value) -> _Value:
+        """What is new of problems that are `running`; one alone always is."""
+        if self.axis_name is None:
+            return new
+        result: _Value = jax.tree.map(partial(jnp.where, running), new, old)
+        return result
 
 
 ALONE = Lanes()

@@ -27,7 +27,7 @@ def solve_hessian(params: Params, problem: Problem, right: Params, *, fit_bias: 
     at = curvature(fast.params(view.table_of(params)), fast.problem)
     plan = _preconditioner.plan(examples, width, classes, kept=not in_blocks(classes, problem))
     # The preconditioner changes the solution by rounding alone, and so has no derivative.
-    data, spread = lax.stop_gradient((fast.problem, at.spread))
+    data, spread = lax.stop_gradient((fast.problem, at.spread()))
     ridge = jnp.append(data.l2, 0 if fit_bias else 1)
     mean = _preconditioner.covariance(data) if plan.groups and width <= examples else None
     inverse = _preconditioner.inverse(data, spread, mean, ridge, plan)

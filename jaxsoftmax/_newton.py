@@ -112,14 +112,15 @@ class Frame(NamedTuple):
     mean: Array | None
 
 
-def frame(problem: Problem, classes: int, *, fit_bias: bool, lanes: Lanes = ALONE) -> Frame:
-    """That of a problem and of others with the same features."""
+def frame(problem: Problem, classes: int, *, fit_bias: bool, lanes: int = 1) -> Frame:
+    """That of a problem and of others with the same features, whatever their penalties."""
+    problem = problem._replace(l2=jnp.zeros((), problem.share.dtype))
     rows = None
     if problem.features.shape[1] > problem.features.shape[0]:
         rows, problem = _coordinates.row_space(problem, centre=fit_bias)
     view = _coordinates.view(problem, centre=fit_bias)
     fast = _coordinates.standard(view, _coordinates.standard_columns(view, _FAST)).problem
-    plan = _plan(fast, classes, lanes.count)
+    plan = _plan(fast, classes, lanes)
     sample = thinned(fast, plan.stride) if plan.stride > 1 else None
     return Frame(
         rows=rows,
@@ -242,7 +243,7 @@ class Newton:
             shared=Shared(
                 inverse=jnp.zeros(shape if self.plan.groups else shape[:2], _FAST),
                 owed=jnp.full((), -1, _FAST),
-                rough=jnp.asarray(self.may_be_rough) & (max_iter > 0),
+                rough=jnp.asarray(self.may_be_rough) & self.lanes.all(max_iter > 0),
                 sampled=jnp.full((), self.plan.stride > 1),
                 exact=jnp.zeros((), bool),
             ),
@@ -321,14 +322,15 @@ class Newton:
             return fast_product
         return partial(lax.cond, state.shared.exact, exact_product, fast_product)
 
-    def preconditioned(self, shared: Shared, at: Curvature, first: Array, due: Array) -> Shared:
+    def preconditioned(
+        self, shared: Shared, at: Curvature, counts: Array, first: Array, due: Array
+    ) -> Shared:
         """The classes are alike at first, so their first one is shared."""
-        spread = self.lanes.mean(at.spread)
-        ridge = self.lanes.mean(self.ridge)
 
         def make(old: Array) -> Array:
+            spread = self.lanes.pooled(at.spread(), counts)
             return _preconditioner.inverse(
-                self.fast.problem, spread, self.mean, ridge, self.plan, alike=first, old=old
+                self.fast.problem, spread, self.mean, self.ridge, self.plan, alike=first, old=old
             )
 
         inverse = once(first | due, make, shared.inverse)
@@ -379,7 +381,9 @@ class Newton:
         product = self.hessian(state, at, thin)
         memory = jax.tree.map(jnp.zeros_like, state.memory)
         gradient = jnp.where(varied, state.at.gradient, 0)
-        cg = conjugate_gradient(product, precondition, state.at.gradient, proceed, memory)
+        cg = conjugate_gradient(
+            product, precondition, state.at.gradient, proceed, memory, self.lanes
+        )
         # A saturated model has no curvature: there is nothing but the gradient to go along.
         size = jnp.max(jnp.abs(cg.x))
         overflows = ~jnp.isfinite(size)
@@ -434,7 +438,7 @@ class Newton:
         if lanes.axis_name is None and self.sample is None:
             needed = None
         at = curvature(self.fast.params(point.table.astype(_FAST)), self.fast.problem, needed)
-        shared = self.preconditioned(shared, at, first, due)
+        shared = self.preconditioned(shared, at, wanted, first, due)
         state = state._replace(shared=shared)
         cg, step, size, slope = self.direction(state, at, tol, wanted, polish, thin, ending)
         decrement = jnp.where(cg.broken, jnp.inf, cg.decrement / 2)
@@ -465,13 +469,13 @@ class Newton:
         rough = shared.rough & lanes.all(far | ~started | ~running)
         slack = jnp.asarray(4 * jnp.finfo(self.wide).eps, self.wide)
         slack = jnp.where(shared.rough, jnp.asarray(16 * jnp.finfo(_FAST).eps, self.wide), slack)
-        new, tries = once(
+        end, tries = once(
             goes_on,
             lambda _: self.line_search(point, step, size, slope, slack, rough),
             (point, jnp.zeros((), jnp.int32)),
         )
-        progress = (new.value < point.value * (1 - slack)) | (
-            self.penalised & (new.weights_gap < point.weights_gap / 2)
+        progress = (end.value < point.value * (1 - slack)) | (
+            self.penalised & (end.weights_gap < point.weights_gap / 2)
         )
         # A sample has done what it can, or must not decide that an unpenalised fit is at its end.
         spent = ~progress | (slope > state.drop * point.value / 4)
@@ -480,9 +484,16 @@ class Newton:
         idle = jnp.where(progress | ~started, 0, jnp.where(polish, state.idle, state.idle + 1))
         switch = ~shared.exact & lanes.any(running & (idle >= _IDLE))
         switch &= self.exact is not self.fast
-        own = State(
+        shared = Shared(
+            inverse=shared.inverse,
+            owed=shared.owed + lanes.most(passes),
+            rough=rough,
+            sampled=shared.sampled & ~lanes.any(spent) & ~switch,
+            exact=shared.exact | switch,
+        )
+        new = State(
             shared=shared,
-            at=new,
+            at=end,
             gap=gap,
             memory=jax.tree.map(
                 lambda new, old: jnp.where(cg.broken, 0, jnp.where(remembered, new, old)),
@@ -496,14 +507,4 @@ class Newton:
             products=state.products + passes + tries.astype(_FAST),
             status=status,
         )
-        if lanes.axis_name is not None:
-            own = jax.tree.map(partial(jnp.where, running), own, state)
-        return own._replace(
-            shared=Shared(
-                inverse=shared.inverse,
-                owed=shared.owed + lanes.most(passes),
-                rough=rough,
-                sampled=shared.sampled & ~lanes.any(spent) & ~switch,
-                exact=shared.exact | switch,
-            )
-        )
+        return lanes.only(running, new, state)._replace(shared=shared)

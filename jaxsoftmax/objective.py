@@ -96,12 +96,13 @@ class Curvature(NamedTuple):
 
     .. math:: H V = \sum_i c_i\, (\mathrm{diag}(p_i) - p_i p_i^T)\, V x_i x_i^T + \lambda V.
 
-    `spread` is c_i p_ik (1 - p_ik), the factor of x_i x_i^T in the Hessian's diagonal blocks; where
-    the logits are too many to be kept, the mean of it over the classes.
+    `spread` gives c_i p_ik (1 - p_ik), the factor of x_i x_i^T in the Hessian's diagonal blocks,
+    with shape (classes, examples); where the logits are too many to be kept, the mean of it over
+    the classes, with shape (1, examples).
     """
 
     product: Callable[[Params], Params]
-    spread: Float[Array, "groups examples"]
+    spread: Callable[[], Array]
 
 
 def curvature(params: Params, problem: Problem, wanted: Array | None = None) -> Curvature:
@@ -136,7 +137,7 @@ def curvature(params: Params, problem: Problem, wanted: Array | None = None) -> 
         p, change = probabilities(problem)
         return Curvature(
             product=lambda v: with_penalty(weighted(problem, change, v), v),
-            spread=problem.share * p * (1 - p),
+            spread=lambda: problem.share * p * (1 - p),
         )
 
     def product(v: Params) -> Params:
@@ -149,7 +150,7 @@ def curvature(params: Params, problem: Problem, wanted: Array | None = None) -> 
         p = probabilities(rows)[0]
         return rows.share * jnp.mean(p * (1 - p), 0)
 
-    return Curvature(product, map_rows(block_spread, problem, size)[None])
+    return Curvature(product, lambda: map_rows(block_spread, problem, size)[None])
 
 
 _LOGITS = 2**22  # the most that are formed at once, if it is more than an eighth of the features

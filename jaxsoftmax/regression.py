@@ -10,10 +10,9 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Shaped
 
-from jaxsoftmax import _checks
+from jaxsoftmax import _batch, _checks
 from jaxsoftmax._execution import partitioned, precise
 from jaxsoftmax._implicit import solve_hessian
-from jaxsoftmax._newton import newton_cg
 from jaxsoftmax._problem import Problem, make_problem
 from jaxsoftmax._rows import compute_dtype
 from jaxsoftmax.objective import Params, centred, objective, value_and_gradient
@@ -176,17 +175,15 @@ def _fit(
 def _optimum(
     fit_bias: bool, solver: str, problem: Problem, init: Params, tol: Array, max_iter: Array
 ) -> Fit:
-    def newton(init: Params, max_iter: Array) -> Fit:
-        return newton_cg(problem, init, fit_bias=fit_bias, tol=tol, max_iter=max_iter)[0]
-
+    newton = _batch.solver(fit_bias=fit_bias)
     if solver != "lbfgs":
-        return newton(init, max_iter)
+        return newton(problem, init, tol, max_iter)
 
     def value(params: Params) -> Array:
         return objective(params, problem, fit_bias=fit_bias)
 
     def certify(params: Params) -> Fit:
-        return newton(params, jnp.zeros_like(max_iter))
+        return newton(problem, params, tol, jnp.zeros_like(max_iter))
 
     return lbfgs(value, certify, init, tol=tol, max_iter=max_iter)
 

@@ -90,9 +90,9 @@ def test_the_product_is_that_of_the_dense_hessian() -> None:
 def test_blocks_of_rows_have_the_mean_spread_of_the_classes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = curvature(params(), problem()).spread
+    whole = curvature(params(), problem()).spread()
     in_small_blocks(monkeypatch)
-    parts = curvature(params(), problem()).spread
+    parts = curvature(params(), problem()).spread()
     assert whole.shape == (CLASSES, EXAMPLES)
     close(parts, whole.mean(0, keepdims=True))
 
@@ -138,7 +138,7 @@ def test_factors_of_all_rows_are_those_of_the_blocks_of_the_hessian(
     data, at = problem(), params()
     ridge = jnp.append(jnp.full(WIDTH, L2, WIDE), 0)
     mean = _preconditioner.covariance(data)
-    spread = curvature(at, data).spread
+    spread = curvature(at, data).spread()
     factors = _preconditioner.factorise(data, spread, mean, ridge, EXAMPLES)
     x = jnp.concatenate([data.features, jnp.ones((EXAMPLES, 1), WIDE)], 1)
     v = jnp.arange(CLASSES * (WIDTH + 1.0), dtype=WIDE).reshape(CLASSES, WIDTH + 1)
