@@ -11,6 +11,8 @@ The modules, each built on those before it:
 * `certificate`: the bound on the distance from the optimum.
 * `solvers`: the common result of all solvers (`Fit`, `Status`), and L-BFGS.
 * `regression`: `fit`, the full-batch softmax regression by Newton's method.
+* `paths`: `fit_path`, fits under many penalties in one program, by default those of `l2_grid`.
+* `validation`: `cross_validate`, paths of all folds in one program, to choose the penalty.
 * `separation`: `diverging_weights`, for fits of separable data.
 * `training`: the minibatch trainer for any optax optimiser, used as `from jaxsoftmax import
   training`.
@@ -31,19 +33,25 @@ from jaxsoftmax.functional import (
 from jaxsoftmax.linear import linear_cross_entropy, linear_logsumexp
 from jaxsoftmax.losses import cross_entropy
 from jaxsoftmax.objective import Params, linear_logits
+from jaxsoftmax.paths import fit_path, l2_grid
 from jaxsoftmax.regression import fit
 from jaxsoftmax.separation import diverging_weights
 from jaxsoftmax.solvers import Fit, Status
+from jaxsoftmax.validation import CrossValidation, cross_validate, stratified_folds
 
 __all__ = [
+    "CrossValidation",
     "Fit",
     "Params",
     "Status",
     "cross_entropy",
+    "cross_validate",
     "diverging_weights",
     "entropy",
     "fit",
+    "fit_path",
     "kl_divergence",
+    "l2_grid",
     "linear_cross_entropy",
     "linear_logits",
     "linear_logsumexp",
@@ -51,4 +59,5 @@ __all__ = [
     "logsumexp",
     "softmax",
     "softmax_jacobian",
+    "stratified_folds",
 ]

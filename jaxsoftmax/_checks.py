@@ -215,6 +215,16 @@ def scalar(
     return number
 
 
+def penalties(name: str, value: ArrayLike) -> Array:
+    """`value` as a floating-point array of rank 1 with an entry; if known, of at least 0."""
+    numbers = real_array(name, value)
+    if numbers.ndim != 1 or numbers.size == 0:
+        raise ValueError(f"{name} must have shape (penalties,), got shape {numbers.shape}")
+    if (x := known(value)) is not None and not (x >= 0).all():
+        raise ValueError(f"{name} must be at least 0, got {x.min()}")
+    return numbers
+
+
 def weights(name: str, value: ArrayLike, count: int) -> Array:
     """`value` as a floating-point array (count,); its numbers are checked if known."""
     weight = has_shape(name, real_array(name, value), (count,), "(examples,)")

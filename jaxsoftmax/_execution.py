@@ -49,7 +49,7 @@ class Lanes(NamedTuple):
     Preconditioners are, if the problems are `alike`.
     """
 
-    count: int = 1
+    size: int = 1
     axis_name: str | None = None
     alike: bool = True
 

@@ -133,7 +133,8 @@ def frame(problem: Problem, classes: int, *, fit_bias: bool, lanes: int = 1) -> 
 
 def _plan(problem: Problem, classes: int, lanes: int) -> Plan:
     kept = not in_blocks(classes, problem)
-    return _preconditioner.plan(*problem.features.shape, classes, kept=kept, lanes=lanes)
+    examples, width = problem.features.shape
+    return _preconditioner.plan(examples, width, classes, kept=kept, lanes=lanes)
 
 
 def newton_cg(
@@ -204,7 +205,7 @@ class Newton:
     ) -> "Newton":
         view = frame.view._replace(problem=problem._replace(features=frame.view.problem.features))
         fast = _coordinates.standard(view, frame.columns)
-        plan = _plan(fast.problem, classes, lanes.count)
+        plan = _plan(fast.problem, classes, lanes.size)
         sample = None
         if frame.sample is not None:
             sample = thinned(fast.problem, plan.stride)._replace(features=frame.sample)
@@ -434,9 +435,9 @@ class Newton:
         some = lanes.any(wanted)
         first = some & (shared.owed < 0)
         due = some & (shared.owed >= self.plan.price)
-        needed = some if self.sample is None else first | due | (some & ~thin)
+        needed: Array | None = first | due | (some & ~thin)
         if lanes.axis_name is None and self.sample is None:
-            needed = None
+            needed = None  # one problem nearly always does
         at = curvature(self.fast.params(point.table.astype(_FAST)), self.fast.problem, needed)
         shared = self.preconditioned(shared, at, wanted, first, due)
         state = state._replace(shared=shared)

@@ -99,6 +99,37 @@ def fit(
     Reference:
       Hastie, Tibshirani, Friedman (2009), The Elements of Statistical Learning, section 4.4.
     """
+    arrays, static = checked(
+        features,
+        labels,
+        num_classes=num_classes,
+        l2=_checks.scalar("l2", l2),
+        sample_weight=sample_weight,
+        offset=offset,
+        init=init,
+        fit_bias=fit_bias,
+        solver=solver,
+        tol=tol,
+        max_iter=max_iter,
+    )
+    return solved(*arrays, **static)
+
+
+def checked(
+    features: ArrayLike,
+    labels: ArrayLike,
+    *,
+    num_classes: int,
+    l2: Array,
+    sample_weight: ArrayLike | None,
+    offset: ArrayLike | None,
+    init: Params | None,
+    fit_bias: bool,
+    solver: str,
+    tol: ArrayLike,
+    max_iter: int,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `fit` as the arrays and the static ones of `solved`, or an error."""
     num_classes = _checks.integer("num_classes", num_classes, least=2)
     max_iter = _checks.integer("max_iter", max_iter, least=0)
     if solver not in SOLVERS:
@@ -108,7 +139,7 @@ def fit(
     features, labels = _checks.examples(features, labels, num_classes)
     examples, width = features.shape
     dtype = compute_dtype(features.dtype)
-    l2 = _checks.scalar("l2", l2).astype(dtype)
+    l2 = l2.astype(dtype)
     tol = _checks.scalar("tol", tol, positive=True).astype(dtype)
     shape = (examples, num_classes)
     sample_weight, offset = _checks.weights_and_offset(sample_weight, offset, shape)
@@ -123,13 +154,13 @@ def fit(
         _checks.has_shape("init.bias", init.bias, (num_classes,), "(classes,)")
     limit = jnp.asarray(min(max_iter, jnp.iinfo(jnp.int32).max), jnp.int32)
     arrays = features, labels, l2, sample_weight, offset, init, tol, limit
-    return _fit(*arrays, num_classes=num_classes, fit_bias=fit_bias, solver=solver)
+    return arrays, {"num_classes": num_classes, "fit_bias": fit_bias, "solver": solver}
 
 
 @partial(jax.jit, static_argnames=("num_classes", "fit_bias", "solver"))
 @precise
 @partitioned
-def _fit(
+def solved(
     features: Array,
     labels: Array,
     l2: Array,
@@ -143,6 +174,7 @@ def _fit(
     fit_bias: bool,
     solver: str,
 ) -> Fit:
+    """`fit` of checked arguments."""
     problem = make_problem(
         features,
         labels,

@@ -527,13 +527,13 @@ def test_low_precision_and_integer_features_are_computed_in_float32() -> None:
 
 @pytest.mark.single
 def test_one_shape_is_compiled_once() -> None:
-    from jaxsoftmax.regression import _fit
+    from jaxsoftmax.regression import solved
 
     features, labels = data()
     small_fit(features, labels)
-    size = _fit._cache_size()  # type: ignore[attr-defined]
+    size = solved._cache_size()  # type: ignore[attr-defined]
     small_fit(2 * features, labels, l2=0.5, tol=1e-3, max_iter=7)
-    assert _fit._cache_size() == size  # type: ignore[attr-defined]
+    assert solved._cache_size() == size  # type: ignore[attr-defined]
 
 
 def assert_equals_loop(batched: Fit, singles: list[Fit]) -> None:
