@@ -41,7 +41,7 @@ def make_problem(
     """A problem from checked arrays. With `num_classes` the classes without weight are masked.
 
     Values that no one can check under jit make the objective NaN here: a negative `l2` or weight, a
-    probability label that is negative or does not sum to 1.
+    label that is no class of `num_classes`, or as probabilities negative or not of sum 1.
     """
     dtype = compute_dtype(features.dtype)
     if sample_weight is None:
@@ -51,12 +51,17 @@ def make_problem(
         wider = max(share.dtype, dtype, key=lambda one: jnp.finfo(one).bits)
         share = share.astype(wider)
         share = (share / share.max()).astype(dtype)  # lest the sum overflow or underflow
+    # A dropped example may have any label. What stands for it does not depend on the weights, so
+    # that problems which differ in weights share their labels.
     if labels.ndim == 2:
-        known = _checks.are_probabilities(labels) | (share == 0)
-        share = jnp.where(known, share, jnp.nan)
+        valid = _checks.are_probabilities(labels)
+    elif num_classes is not None:
+        valid = (labels >= 0) & (labels.astype(jnp.int32) < num_classes)
+    else:
+        valid = share != 0
+    share = jnp.where(valid | (share == 0), share, jnp.nan)
     share = share / share.sum()
-    # A dropped example may have any label.
-    labels = jnp.where(share.reshape(-1, *[1] * (labels.ndim - 1)) == 0, 0, labels)
+    labels = jnp.where(valid.reshape(-1, *[1] * (labels.ndim - 1)), labels, 0)
     classes = None if num_classes is None else _present_classes(labels, share, num_classes)
     return Problem(
         features=features,

@@ -134,6 +134,7 @@ def checked(
     max_iter = _checks.integer("max_iter", max_iter, least=0)
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}, got {solver!r}")
+    solver = "newton_cg" if solver == "auto" else solver
     if not isinstance(fit_bias, bool):
         raise TypeError(f"fit_bias must be True or False, got {fit_bias!r}")
     features, labels = _checks.examples(features, labels, num_classes)
