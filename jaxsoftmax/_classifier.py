@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from os import PathLike
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxsoftmax.functional import log_softmax, softmax
 from jaxsoftmax.objective import Params, linear_logits
 
 Numbers = NDArray[Any]
+_Model = TypeVar("_Model", bound="SoftmaxClassifier")
 
 # The most numbers that are copied for the sake of a common shape, see `padded`.
 _PADDED = 2**22
@@ -113,7 +114,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         _persistence.save(path, _persistence.Contents(arrays, header))
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> Self:
+    def load(cls: type[_Model], path: str | PathLike[str]) -> _Model:
         """The model that `save` wrote, with the same predictions to the last bit.
 
         Args:

@@ -10,7 +10,7 @@ this module is not imported with it: `pip install "jaxsoftmax[sklearn]"`.
 
 import warnings
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ class SoftmaxRegression(SoftmaxClassifier):
       >>> model = SoftmaxRegression().fit(X, y)
       >>> model.predict_proba(X[:2]).round(3)
       array([[0.982, 0.018, 0.   ],
-             [0.972, 0.028, 0.   ]])
+             [0.971, 0.029, 0.   ]])
       >>> round(model.score(X, y), 3)
       0.973
       >>> model.status_
@@ -131,7 +131,7 @@ class SoftmaxRegression(SoftmaxClassifier):
         self.warm_start = warm_start
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "SoftmaxRegression":
         """Fit to all examples at once.
 
         Args:
@@ -194,7 +194,9 @@ class SoftmaxRegression(SoftmaxClassifier):
             )
         return self
 
-    def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:
+    def partial_fit(
+        self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
+    ) -> "SoftmaxRegression":
         r"""Take one step of an optimiser on one batch, for data that do not fit in memory.
 
         The step descends the batch's mean loss plus the penalty of `C` for all weight S seen so
