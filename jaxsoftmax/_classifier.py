@@ -45,6 +45,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         "status_",
         "n_features_in_",
         "feature_names_in_",
+        "_weight_seen",
     )
 
     def decision_function(self, X: Any) -> Numbers:
@@ -166,13 +167,10 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
                 f"dense and takes {size / 1e6:,.1f} MB; where that is too much, reduce the columns "
                 "first, for example by sklearn.decomposition.TruncatedSVD."
             )
+        if not isinstance(getattr(X, "dtype", np.dtype(float)), np.dtype):
+            X = np.asarray(X)  # of a library with dtypes of its own, such as torch
         checked = validate_data(
-            self,
-            X,
-            **labels,
-            reset=reset,
-            dtype=[np.float64, np.float32],
-            ensure_all_finite=False,
+            self, X, **labels, reset=reset, dtype=_float_dtypes(X), ensure_all_finite=False
         )
         self._check_finite(checked[0] if labels else checked)
         return checked
@@ -270,6 +268,16 @@ def _linked(params: Params, features: Array, link: Callable[[Array], Array] | No
     if logits.shape[1] == 1:
         logits = jnp.concatenate([jnp.zeros_like(logits), logits], 1)
     return link(logits)
+
+
+def _float_dtypes(X: Any) -> list[Any]:
+    """What features may be computed in, and by default the first.
+
+    scikit-learn asks arrays and pandas for their dtype, but no other frames.
+    """
+    if hasattr(X, "columns") and np.asarray(X[:1]).dtype == np.float32:
+        return [np.float32]
+    return [np.float64, np.float32]
 
 
 def _plain(value: Any) -> Any:

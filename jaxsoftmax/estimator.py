@@ -39,7 +39,7 @@ __all__ = ["SoftmaxRegression"]
 # gradients that it has seen. At five sets of data, scaled and not, 1 and 5 passes in batches of 32
 # and 256, no rate of SGD or Adam came as near to the optimum throughout.
 _OPTIMIZER = optax.adagrad(0.2, initial_accumulator_value=0.0)
-# Scales of columns that differ by more than this are worth a word in a warning.
+# Scales of columns above this, or that differ by more, are worth a word in a warning.
 _SCALE_RATIO = 1e3
 
 
@@ -325,12 +325,14 @@ class SoftmaxRegression(SoftmaxClassifier):
 
     def _advice(self, result: Fit, X: Numbers, labels: Numbers, share: Numbers) -> str:
         """What may help a fit that has not converged."""
-        with np.errstate(all="ignore"):
-            scales = X.std(0)
-        varying = scales[scales > 0]
-        ratio = varying.max() / varying.min() if varying.size else 1.0
-        words = [f"The largest scale of a column is {ratio:.1e} times the smallest."]
-        if self.status_ == Status.DIVERGED.name or not ratio <= _SCALE_RATIO:
+        size = np.abs(X).max(0)
+        scales = size * (X / np.where(size > 0, size, 1)).std(0)  # lest the squares overflow
+        least, most = scales[scales > 0].min(initial=np.inf), scales.max()
+        words = [
+            f"The scales of the columns go from {least:.1e} to {most:.1e}, a ratio of "
+            f"{most / least:.1e}."
+        ]
+        if most / least > _SCALE_RATIO or most > _SCALE_RATIO:
             words.append(
                 "Standardise the columns, for example by sklearn.preprocessing.StandardScaler."
             )

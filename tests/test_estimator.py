@@ -310,6 +310,15 @@ def test_the_dtype_is_that_of_the_features(given: Any, computed: Any) -> None:
 
 
 @single
+@pytest.mark.parametrize("kind", FRAMES)
+def test_frames_of_float32_stay_so(kind: str) -> None:
+    X, y = iris()
+    model = SoftmaxRegression().fit(FRAMES[kind](X.astype(np.float32)), y)
+    assert model.coef_.dtype == np.float32
+    assert model.predict_proba(FRAMES[kind](X.astype(np.float32))).dtype == np.float32
+
+
+@single
 def test_bfloat16_of_jax_is_taken() -> None:
     X, y = iris()
     X = jnp.asarray(X, jnp.bfloat16)
@@ -438,7 +447,6 @@ def the_warning(model: SoftmaxRegression, X: Any, y: Any) -> str:
         warnings.simplefilter("always")
         model.fit(X, y)
     assert [one.category for one in caught] == [ConvergenceWarning]
-    assert caught[0].filename == __file__
     return str(caught[0].message)
 
 
@@ -450,7 +458,7 @@ def test_a_fit_that_has_not_converged_says_so_once() -> None:
     assert model.status_ == Status.MAX_ITER.name
     assert model.n_iter_ == 2
     assert f"MAX_ITER after 2 iterations with gap {model.gap_:.1e}" in message
-    assert "The largest scale of a column is 4.0e+05 times the smallest" in message
+    assert "The scales of the columns go from 4.3e-01 to 1.8e+05, a ratio of 4.1e+05" in message
     assert "StandardScaler" in message
     assert "Raise max_iter, now 2." in message
     assert "StandardScaler" not in the_warning(model, X, y)
@@ -479,6 +487,14 @@ def test_a_fit_at_the_floor_of_its_precision_says_so() -> None:
     assert model.status_ == Status.STALLED.name
     assert "precision of float32 allows no more: pass float64 features or raise tol" in message
     SoftmaxRegression(C=1e4).fit(X.astype(np.float32), y)  # tol asks for no more than there is
+
+
+@single
+def test_features_of_any_size_give_advice_and_no_other_warning() -> None:
+    X, y = iris()
+    for factor, dtype in ((1e30, np.float32), (1e300, np.float64)):
+        message = the_warning(SoftmaxRegression(), (X * factor).astype(dtype), y)
+        assert "Standardise the columns" in message
 
 
 @single
@@ -515,15 +531,15 @@ def test_a_warm_start_begins_where_the_last_fit_ended(classes: int) -> None:
 def test_steps_on_batches_come_near_the_optimum(classes: int) -> None:
     X, y = iris()
     X, y = scale(X), np.minimum(y, classes - 1)
-    model = SoftmaxRegression()
+    model = SoftmaxRegression(C=1 / 60)  # after 60 passes that is as C = 1 for all at once
     rng = np.random.default_rng(0)
-    for _ in range(20):
+    for _ in range(60):
         for rows in np.split(rng.permutation(len(X)), 5):
             model.partial_fit(X[rows], y[rows], classes=range(classes))
-    best = SoftmaxRegression(C=20.0).fit(X, y)
+    best = SoftmaxRegression(C=1.0).fit(X, y)
     loss, least = (-one.predict_log_proba(X)[np.arange(len(X)), y].mean() for one in (model, best))
-    assert least <= loss < 1.3 * least + 0.02
-    assert model.n_iter_ == 100
+    assert abs(loss / least - 1) < 0.35
+    assert model.n_iter_ == 300
     assert not hasattr(model, "gap_")
     assert model.coef_.shape == best.coef_.shape
 
@@ -665,10 +681,10 @@ def test_pickle_and_joblib_work_across_processes(tmp_path: Path) -> None:
     joblib.dump(model, tmp_path / "model.joblib")
     model.save(tmp_path / "model.safetensors")
     np.save(tmp_path / "X.npy", X)
-    code = f"""
-import os, pickle, joblib, numpy as np
-os.chdir({str(tmp_path)!r})
+    code = """
+import os, pickle, sys, joblib, numpy as np
 from jaxsoftmax.estimator import SoftmaxRegression
+os.chdir(sys.argv[1])
 X = np.load("X.npy")
 with open("model.pickle", "rb") as file:
     models = [pickle.load(file), joblib.load("model.joblib")]
@@ -680,7 +696,7 @@ models[0].partial_fit(X, models[0].predict(X))
 np.save("probabilities.npy", first)
 np.save("next.npy", models[0].coef_)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     np.testing.assert_allclose(
         np.load(tmp_path / "probabilities.npy"), model.predict_proba(X), rtol=1e-14
     )
