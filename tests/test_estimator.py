@@ -73,8 +73,10 @@ DATASETS = {
 
 
 @single
-@pytest.mark.parametrize("name", DATASETS)
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, np.float64) for name in DATASETS), ("iris", np.float32), ("two classes", np.float32)],
+)
 def test_it_is_a_drop_in_for_logistic_regression(name: str, dtype: Any) -> None:
     X, y = DATASETS[name]()
     for C in (0.01, 1.0, 100.0):
@@ -515,10 +517,10 @@ def test_a_warm_start_begins_where_the_last_fit_ended(classes: int) -> None:
     model.fit(X, y)
     assert model.n_iter_[0] <= 1 < cold
     np.testing.assert_allclose(model.coef_, coef, rtol=1e-4, atol=1e-6)
-    model.fit(X[:, :3], y)  # another number of features: from the start
-    np.testing.assert_allclose(model.coef_, SoftmaxRegression().fit(X[:, :3], y).coef_)
-    weight = (y > 0).astype(float)
     if classes == 3:
+        model.fit(X[:, :2], y)  # another number of features: from the start
+        np.testing.assert_array_equal(model.coef_, SoftmaxRegression().fit(X[:, :2], y).coef_)
+        weight = (y > 0).astype(float)
         model.fit(X, y, weight).fit(X, y)  # a class comes back
         np.testing.assert_allclose(model.coef_, coef, rtol=1e-3, atol=1e-5)
 
