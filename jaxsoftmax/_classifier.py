@@ -31,8 +31,8 @@ _PADDED = 2**22
 class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
     """A fitted linear softmax model with scikit-learn's attributes and methods."""
 
-    coef_: Numbers
-    intercept_: Numbers
+    coef_: Any
+    intercept_: Any
     classes_: Numbers
 
     # Attributes of a fitted model, which `save` writes where they are present.
@@ -94,7 +94,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
           ModuleNotFoundError: safetensors is not installed; `jaxsoftmax[sklearn]` brings it.
           TypeError: a class or a parameter is neither a string nor a boolean nor a number.
         """
-        check_is_fitted(self)
+        check_is_fitted(self, "coef_")
         fitted = {name: getattr(self, name) for name in self._fitted if hasattr(self, name)}
         arrays = {name: fitted[name] for name in ("coef_", "intercept_")}
         params = self.get_params(deep=False)
@@ -136,14 +136,16 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         if isinstance(params.get("class_weight"), list):
             params["class_weight"] = dict(params["class_weight"])
         model = cls(**params)
-        for name, value in header["fitted"].items():
-            is_array = isinstance(value, dict)
-            setattr(model, name, _persistence.decoded(value) if is_array else value)
-        vars(model).update(arrays)
+        fitted = {
+            name: _persistence.decoded(value) if isinstance(value, dict) else value
+            for name, value in header["fitted"].items()
+        }
+        for name, value in (arrays | fitted).items():
+            setattr(model, name, value)
         return model
 
     def _outputs(self, X: Any, link: Callable[[Array], Array] | None) -> Numbers:
-        check_is_fitted(self)
+        check_is_fitted(self, "coef_")
         X = self._checked(X, reset=False)
         dtype = np.result_type(X.dtype, self.coef_.dtype)
         params = Params(self.coef_.astype(dtype), self.intercept_.astype(dtype))
@@ -179,7 +181,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         with np.errstate(all="ignore"):
             if np.isfinite(X.sum()):
                 return
-        bad = ~np.isfinite(X).all(0)
+        bad: Any = ~np.isfinite(X).all(0)
         if bad.any():
             what = (
                 "NaN"
@@ -191,7 +193,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
                 "drop their rows first, for example by sklearn.impute.SimpleImputer in a Pipeline."
             )
 
-    def _named(self, columns: NDArray[np.bool_]) -> str:
+    def _named(self, columns: Numbers) -> str:
         """The marked columns in words: their names if they have some, else their numbers."""
         names = getattr(self, "feature_names_in_", np.arange(len(columns)))[columns].tolist()
         words = ", ".join(map(repr, names[:5]))
@@ -248,12 +250,12 @@ def padded(array: Numbers) -> Numbers:
     """The array with rows of zeros up to a number that others of nearly its length share.
 
     A program is compiled for each shape, which takes seconds where a small fit takes milliseconds:
-    so the folds of a cross-validation share one. It is a multiple of 64 rows, for many rows one of
-    an eighth to a sixteenth of them.
+    so the folds of a cross-validation share one. It is a multiple of 256, for many rows one of an
+    eighth to a sixteenth of them.
     """
     if array.size > _PADDED:
         return array
-    step = max(64, 2 ** (len(array).bit_length() - 4))
+    step = max(256, 2 ** (len(array).bit_length() - 4))
     filled = np.zeros((-(-len(array) // step) * step, *array.shape[1:]), array.dtype)
     filled[: len(array)] = array
     return filled

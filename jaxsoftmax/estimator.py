@@ -10,7 +10,7 @@ this module is not imported with it: `pip install "jaxsoftmax[sklearn]"`.
 
 import warnings
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,13 @@ __all__ = ["SoftmaxRegression"]
 _OPTIMIZER = optax.adagrad(0.2, initial_accumulator_value=0.0)
 # Scales of columns above this, or that differ by more, are worth a word in a warning.
 _SCALE_RATIO = 1e3
+
+
+class _OptimizerState(NamedTuple):
+    """Where `partial_fit` stands, in NumPy arrays, which pickle in any precision."""
+
+    opt_state: Any
+    step: Any
 
 
 class SoftmaxRegression(SoftmaxClassifier):
@@ -109,6 +116,9 @@ class SoftmaxRegression(SoftmaxClassifier):
         "warm_start": ["boolean"],
         "verbose": ["verbose"],
     }
+
+    _weight_seen: float = 0.0
+    _optimizer_state: _OptimizerState | None = None
 
     def __init__(
         self,
@@ -202,7 +212,7 @@ class SoftmaxRegression(SoftmaxClassifier):
         The step descends the batch's mean loss plus the penalty of `C` for all weight S seen so
         far, this batch's included: :math:`\tfrac{1}{2CS} \|W\|^2`. So a stream of which every
         example comes once has in the end the problem of `fit`. The optimiser is AdaGrad at rate
-        0.5, whose step for a coefficient falls with the gradients that it has seen: it needs no
+        0.2, whose step for a coefficient falls with the gradients that it has seen: it needs no
         schedule, and columns of another scale take steps of another size. After a `fit` or a
         `load` it goes on from the coefficients.
 
@@ -250,15 +260,15 @@ class SoftmaxRegression(SoftmaxClassifier):
         labels = self._encoded(y)
         weight = self._weights(sample_weight, self.class_weight, X, y)
         dtype = X.dtype if last is None else self.coef_.dtype
-        seen = float(weight.sum()) + (0.0 if last is None else self._weight_seen)
+        seen = self._weight_seen + float(weight.sum())
         with double(dtype):
             params = self._start(last, X.shape[1], dtype)
-            opt_state, steps = getattr(self, "_optimizer_state", None) or (
-                _OPTIMIZER.init(jax.tree.map(jnp.asarray, params)),
-                np.zeros((), np.int32),
+            before = self._optimizer_state or _OptimizerState(
+                _OPTIMIZER.init(jax.tree.map(jnp.asarray, params)), np.int32(0)
             )
+            state: Any
             state, _ = training.train_step(
-                training.TrainState(params, opt_state, steps),
+                training.TrainState(params, *before),
                 padded(X.astype(dtype, copy=False)),
                 padded(labels),
                 padded((weight / weight.max()).astype(dtype)),
@@ -269,10 +279,11 @@ class SoftmaxRegression(SoftmaxClassifier):
         # Its steps are those of each coefficient alone, so the others are as without a bias.
         bias = state.params.bias if self.fit_intercept else np.zeros_like(state.params.bias)
         self._set_model(Params(state.params.weights, bias))
-        self._weight_seen, self._optimizer_state = seen, (state.opt_state, state.step)
+        self._weight_seen = seen
+        self._optimizer_state = _OptimizerState(state.opt_state, state.step)
         self.n_iter_ = np.array([state.step])
-        for certificate in ("gap_", "status_"):
-            vars(self).pop(certificate, None)
+        for certificate in {"gap_", "status_"} & set(vars(self)):
+            delattr(self, certificate)
         return self
 
     def _l2(self, weight: float, classes: int) -> float:
@@ -285,15 +296,15 @@ class SoftmaxRegression(SoftmaxClassifier):
 
     def _start(self, last: tuple[Numbers, Params] | None, width: int, dtype: Any) -> Params:
         """Parameters to start from: the last ones where they fit, else 0."""
-        shape = (len(self.classes_), width)
-        if last is not None:
-            classes, (weights, bias) = last
-            fits = weights.shape == shape and np.array_equal(classes, self.classes_)
-            if fits and np.isfinite(weights).all():
-                # The bias of a class without examples was -inf; now it may have some.
-                bias = np.where(np.isfinite(bias), bias, 0)
-                return Params(weights.astype(dtype), bias.astype(dtype))
-        return Params(np.zeros(shape, dtype), np.zeros(shape[:1], dtype))
+        weights: Any = np.zeros((len(self.classes_), width), dtype)
+        bias: Any = np.zeros(len(self.classes_), dtype)
+        if last is not None and np.array_equal(last[0], self.classes_):
+            params = last[1]
+            if params.weights.shape == weights.shape and np.isfinite(params.weights).all():
+                # The bias of a class without examples is -inf, and now it may have some.
+                finite = np.where(np.isfinite(params.bias), params.bias, 0)
+                weights, bias = params.weights.astype(dtype), finite.astype(dtype)
+        return Params(weights, bias)
 
     def _known_classes(self, classes: Any, last: Any) -> Numbers:
         """All classes that a batch may have, from the first call on."""

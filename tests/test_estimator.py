@@ -18,7 +18,6 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from scipy import sparse
@@ -64,7 +63,7 @@ def test_scikit_learns_checks(estimator: Any, check: Callable[[Any], None]) -> N
 
 # The same problem as scikit-learn's.
 
-DATASETS = {
+DATASETS: dict[str, Callable[[], tuple[NDArray[Any], NDArray[Any]]]] = {
     "digits": lambda: (load_digits().data / 16, load_digits().target),
     "wine": lambda: (scale(load_wine().data), load_wine().target),
     "iris": iris,
@@ -210,10 +209,11 @@ def test_folds_of_nearly_one_size_share_a_program() -> None:
 
     X, y = iris()
     SoftmaxRegression().fit(X[:140], y[:140])
-    size = regression._fit._cache_size()
+    programs: Any = regression._fit
+    size = programs._cache_size()
     for rows in range(141, 147):
         SoftmaxRegression().fit(X[:rows], y[:rows])
-    assert regression._fit._cache_size() == size
+    assert programs._cache_size() == size
 
 
 # What goes in.
@@ -226,7 +226,7 @@ FRAMES: dict[str, Callable[[NDArray[Any]], Any]] = {
 ARRAYS: dict[str, Callable[[NDArray[Any]], Any]] = {
     "numpy": np.asarray,
     "jax": jnp.asarray,
-    "torch": torch.tensor,
+    "torch": lambda X: pytest.importorskip("torch").tensor(X),
     "list": lambda X: X.tolist(),
 }
 
@@ -322,8 +322,8 @@ def test_frames_of_float32_stay_so(kind: str) -> None:
 
 @single
 def test_bfloat16_of_jax_is_taken() -> None:
-    X, y = iris()
-    X = jnp.asarray(X, jnp.bfloat16)
+    y = iris()[1]
+    X = jnp.asarray(iris()[0], jnp.bfloat16)
     model = SoftmaxRegression().fit(X, y)
     assert model.coef_.dtype == np.float64
     exact = SoftmaxRegression().fit(np.asarray(X.astype(jnp.float32), np.float64), y)

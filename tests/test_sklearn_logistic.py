@@ -89,10 +89,10 @@ def dense(X: Any, dtype: Any = None) -> NDArray[Any]:
     return np.asarray(X, dtype)
 
 
-SEED = {"global_random_seed": [42]}
-CONTAINER = {"csr_container": [dense]}
-NEWTON = {"solver": ["newton-cg"]}
-INTERCEPT = {"fit_intercept": [False, True]}
+SEED: dict[str, list[Any]] = {"global_random_seed": [42]}
+CONTAINER: dict[str, list[Any]] = {"csr_container": [dense]}
+NEWTON: dict[str, list[Any]] = {"solver": ["newton-cg"]}
+INTERCEPT: dict[str, list[Any]] = {"fit_intercept": [False, True]}
 RUN: dict[str, dict[str, list[Any]]] = {
     "test_predict_2_classes": CONTAINER,
     "test_predict_3_classes": CONTAINER,
