@@ -24,7 +24,7 @@ from jaxsoftmax.objective import Params, linear_logits
 Numbers = NDArray[Any]
 _Model = TypeVar("_Model", bound="SoftmaxClassifier")
 
-# The most numbers that are copied for the sake of a common shape, see `padded`.
+# The most features that are copied for the sake of a common shape.
 _PADDED = 2**22
 
 
@@ -150,8 +150,8 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         dtype = np.result_type(X.dtype, self.coef_.dtype)
         params = Params(self.coef_.astype(dtype), self.intercept_.astype(dtype))
         with double(dtype):
-            rows = _linked(params, padded(X.astype(dtype, copy=False)), link=link)
-            return np.array(rows)[: len(X)]
+            outputs = _linked(params, *padded(X.astype(dtype, copy=False)), link=link)
+            return np.array(outputs)[: len(X)]
 
     def _examples(self, X: Any, y: Any, *, reset: bool) -> tuple[Numbers, Numbers]:
         """Features as float32 or float64, as scikit-learn would convert them, and labels."""
@@ -246,19 +246,20 @@ def double(dtype: Any) -> Any:
     return jax.enable_x64(bool(dtype == np.float64))
 
 
-def padded(array: Numbers) -> Numbers:
-    """The array with rows of zeros up to a number that others of nearly its length share.
+def padded(features: Numbers, *others: Numbers) -> list[Numbers]:
+    """Arrays of examples with rows of zeros up to a number that others of nearly theirs share.
 
     A program is compiled for each shape, which takes seconds where a small fit takes milliseconds:
     so the folds of a cross-validation share one. It is a multiple of 256, for many rows one of an
-    eighth to a sixteenth of them.
+    eighth to a sixteenth of them. Large features are left as they are, lest they be copied.
     """
-    if array.size > _PADDED:
-        return array
-    step = max(256, 2 ** (len(array).bit_length() - 4))
-    filled = np.zeros((-(-len(array) // step) * step, *array.shape[1:]), array.dtype)
-    filled[: len(array)] = array
-    return filled
+    arrays = [features, *others]
+    if features.size > _PADDED:
+        return arrays
+    rows = len(features)
+    step = max(256, 2 ** (rows.bit_length() - 4))
+    more = -rows % step
+    return [np.pad(array, [(0, more)] + [(0, 0)] * (array.ndim - 1)) for array in arrays]
 
 
 @partial(jax.jit, static_argnames="link")

@@ -173,14 +173,15 @@ class SoftmaxRegression(SoftmaxClassifier):
                 f"{type(self).__name__} needs samples of at least 2 classes in the data, but the "
                 f"data contains only one class: {present.tolist()[0]!r}"
             )
+        features, targets, weights = padded(X, labels, share)
         with double(X.dtype):
             result: Fit = jax.device_get(
                 fit(
-                    padded(X),
-                    padded(labels),
+                    features,
+                    targets,
                     num_classes=len(self.classes_),
                     l2=self._l2(weight.sum(), len(present)),
-                    sample_weight=padded(share),
+                    sample_weight=weights,
                     init=self._start(last, X.shape[1], X.dtype),
                     fit_bias=bool(self.fit_intercept),
                     solver=self.solver,
@@ -269,9 +270,7 @@ class SoftmaxRegression(SoftmaxClassifier):
             state: Any
             state, _ = training.train_step(
                 training.TrainState(params, *before),
-                padded(X.astype(dtype, copy=False)),
-                padded(labels),
-                padded((weight / weight.max()).astype(dtype)),
+                *padded(X.astype(dtype, copy=False), labels, (weight / weight.max()).astype(dtype)),
                 optimizer=_OPTIMIZER,
                 l2=self._l2(seen, len(known)),
             )

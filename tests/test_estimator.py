@@ -107,8 +107,11 @@ def test_without_an_intercept_and_without_a_penalty(classes: int) -> None:
 def test_a_tiny_c_leaves_the_intercept_free() -> None:
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(10, 3)), np.array([0] * 7 + [1] * 3)
+    X[:, 1] = 5.0
     model = SoftmaxRegression(C=1e-7).fit(X, y)
     np.testing.assert_allclose(model.predict_proba(X), [[0.7, 0.3]] * 10, atol=1e-5)
+    model = SoftmaxRegression().fit(X, y)
+    np.testing.assert_allclose(model.coef_[:, 1], 0, atol=1e-12)  # the constant column
 
 
 @single
@@ -183,7 +186,8 @@ def test_it_works_in_scikit_learns_tools() -> None:
     grid = GridSearchCV(pipeline, {"softmaxregression__C": [0.1, 10.0]}, cv=3).fit(X, y)
     assert grid.best_params_ == {"softmaxregression__C": 10.0}
     assert grid.best_score_ > 0.95
-    peers = cross_val_score(LogisticRegression(max_iter=1000), X, y, scoring="neg_log_loss")
+    peer = LogisticRegression(solver="newton-cholesky")
+    peers = cross_val_score(peer, X, y, scoring="neg_log_loss")
     scores = cross_val_score(SoftmaxRegression(), X, y, scoring="neg_log_loss")
     np.testing.assert_allclose(scores, peers, rtol=1e-3)
     calibrated = CalibratedClassifierCV(SoftmaxRegression(), cv=3).fit(X, y)
@@ -214,6 +218,15 @@ def test_folds_of_nearly_one_size_share_a_program() -> None:
     for rows in range(141, 147):
         SoftmaxRegression().fit(X[:rows], y[:rows])
     assert programs._cache_size() == size
+
+
+@single
+def test_large_features_are_not_copied_for_a_common_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = iris()
+    monkeypatch.setattr("jaxsoftmax._classifier._PADDED", 500)
+    model = SoftmaxRegression().fit(X, y)
+    np.testing.assert_allclose(model.coef_, fitted().coef_, rtol=1e-6)
+    np.testing.assert_allclose(model.predict_proba(X), fitted().predict_proba(X), atol=1e-9)
 
 
 # What goes in.
