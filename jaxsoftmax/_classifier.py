@@ -141,7 +141,8 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
             for name, value in header["fitted"].items()
         }
         for name, value in (arrays | fitted).items():
-            setattr(model, name, value)
+            if name in cls._fitted:
+                setattr(model, name, value)
         return model
 
     def _outputs(self, X: Any, link: Callable[[Array], Array] | None) -> Numbers:

@@ -25,6 +25,7 @@ class Contents(NamedTuple):
 
 def save(path: str | PathLike[str], contents: Contents) -> None:
     """Write `contents`; an object that JSON cannot express is a TypeError that names it."""
+    _require_safetensors()
     from safetensors.numpy import save_file
 
     header = json.dumps({"version": _VERSION, **contents.header})
@@ -34,6 +35,7 @@ def save(path: str | PathLike[str], contents: Contents) -> None:
 
 def load(path: str | PathLike[str]) -> Contents:
     """The contents of a file that `save` wrote; any other file is a ValueError that says why."""
+    _require_safetensors()
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -66,6 +68,15 @@ def encoded(array: NDArray[Any]) -> dict[str, Any]:
 def decoded(values: dict[str, Any]) -> NDArray[Any]:
     """The array that `encoded` got."""
     return np.array(values["values"], np.dtype(values["dtype"]))
+
+
+def _require_safetensors() -> None:
+    try:
+        import safetensors  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'saving and loading need safetensors: pip install "jaxsoftmax[sklearn]"'
+        ) from error
 
 
 def _digest(header: str, arrays: dict[str, NDArray[Any]]) -> str:

@@ -197,7 +197,8 @@ class SoftmaxRegression(SoftmaxClassifier):
         if self.verbose:
             print(f"{type(self).__name__}: {self._summary(result)}")
         if self.status_ != Status.CONVERGED.name:
-            advice = self._advice(result, X, labels, share)
+            with np.errstate(all="ignore"):
+                advice = self._advice(result, X, labels, share)
             warnings.warn(
                 f"The fit has not converged: {self._summary(result)}. {advice}",
                 ConvergenceWarning,
@@ -286,7 +287,10 @@ class SoftmaxRegression(SoftmaxClassifier):
         return self
 
     def _l2(self, weight: float, classes: int) -> float:
-        """The penalty of `jaxsoftmax.fit` that `C` is, for this total weight of the examples."""
+        """The penalty of `jaxsoftmax.fit` that `C` is, for this total weight of the examples.
+
+        Of two classes, counting those that have examples, scikit-learn penalises one row.
+        """
         return (2 if classes == 2 else 1) / (self.C * weight)
 
     def _last(self) -> tuple[Numbers, Params] | None:

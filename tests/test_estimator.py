@@ -738,6 +738,16 @@ def test_without_scikit_learn_the_import_says_what_to_install() -> None:
 
 
 @single
+def test_without_safetensors_saving_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for use in (fitted().save, SoftmaxRegression.load):
+        with pytest.raises(ModuleNotFoundError, match=r'pip install "jaxsoftmax\[sklearn\]"'):
+            use(tmp_path / "model.safetensors")
+
+
+@single
 def test_it_is_fit_that_computes() -> None:
     X, y = iris()
     with jax.enable_x64(True):
