@@ -223,10 +223,11 @@ def test_folds_of_nearly_one_size_share_a_program() -> None:
 @single
 def test_large_features_are_not_copied_for_a_common_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     X, y = iris()
+    coef, probabilities = fitted().coef_, fitted().predict_proba(X)
     monkeypatch.setattr("jaxsoftmax._classifier._PADDED", 500)
     model = SoftmaxRegression().fit(X, y)
-    np.testing.assert_allclose(model.coef_, fitted().coef_, rtol=1e-6)
-    np.testing.assert_allclose(model.predict_proba(X), fitted().predict_proba(X), atol=1e-9)
+    np.testing.assert_allclose(model.coef_, coef, rtol=1e-6)
+    np.testing.assert_allclose(model.predict_proba(X), probabilities, atol=1e-9)
 
 
 # What goes in.
