@@ -5,6 +5,8 @@ each started where the ones before point to. Problems of the same features that 
 labels, offsets or starts are solved side by side: their products with the features are one product,
 and one preconditioner serves those with the same labels. Both together are paths side by side. All
 others are solved one by one, so that none waits for the slowest.
+
+The rules hold for what a `vmap` of a `vmap` gives, too: inside, the one over l2.
 """
 
 import math
@@ -51,8 +53,8 @@ def solver(flags: _Flags | None = None, *, fit_bias: bool) -> Callable[..., Fit]
     @solve.def_vmap
     def batched(size: int, batched: _Flags, problem: Problem, *others: Any) -> tuple[Fit, Any]:
         of, *rest = batched
-        several = any(jax.tree.leaves((of._replace(l2=False), rest)))
-        if of.l2 and not several:
+        alone = not any(jax.tree.leaves((of._replace(l2=False), rest)))
+        if of.l2 and alone and not (flags is not None and flags[0].l2):
             fits = solve(problem._replace(l2=problem.l2.ravel()), *others)
             axis = 0 if flags is None else 1
 
@@ -61,7 +63,7 @@ def solver(flags: _Flags | None = None, *, fit_bias: bool) -> Callable[..., Fit]
                 return jnp.moveaxis(values.reshape(shape), axis, 0)
 
             fits = jax.tree.map(unravel, fits)
-        elif flags is None and not (of.l2 or of.features):
+        elif flags is None and not of.features and (problem.l2.ndim > 1 or not of.l2):
             fits = solver(tuple(batched), fit_bias=fit_bias)(problem, *others)
         else:
             fits = _one_by_one(solve, batched, (problem, *others))
@@ -115,7 +117,8 @@ def _path(
         end = here.minimised(here.again(last, guess, max_iter), tol, max_iter)
         return (end, table, log - log_before, log), here.fit(end)
 
-    start = newton(l2s[0]).start(init, max_iter)
+    first = newton(l2s[0])
+    start = first.start(first.table_of(init), max_iter)
     unknown = jnp.full_like(l2s[0], jnp.nan)
     order = jnp.argsort(-l2s)
     fits: Fit

@@ -174,7 +174,7 @@ def newton_cg(
     """
     shared = frame(problem, init.bias.size, fit_bias=fit_bias)
     newton = Newton.of(problem, shared, init.bias.size, fit_bias=fit_bias)
-    end = newton.minimised(newton.start(init, max_iter), tol, max_iter)
+    end = newton.minimised(newton.start(newton.table_of(init), max_iter), tol, max_iter)
     return newton.fit(end), end.products
 
 
@@ -235,8 +235,10 @@ class Newton:
     def may_be_rough(self) -> bool:
         return self.plan.large and self.exact is not self.fast
 
-    def start(self, init: Params, max_iter: Array) -> State:
-        table = self.view.table_of(init if self.rows is None else self.rows.inward(init))
+    def table_of(self, init: Params) -> Array:
+        return self.view.table_of(init if self.rows is None else self.rows.inward(init))
+
+    def start(self, table: Array, max_iter: Array) -> State:
         width = table.shape[1]
         shape = (self.plan.groups or 1, width, width)
         infinite, zero = jnp.full((), jnp.inf, self.wide), jnp.zeros((), jnp.int32)
@@ -261,10 +263,9 @@ class Newton:
 
     def again(self, state: State, table: Array, max_iter: Array) -> State:
         """A start from `table` with what the iteration has learnt of a similar problem."""
-        new = self.start(self.view.params(table), max_iter)
+        new = self.start(table, max_iter)
         return new._replace(
             shared=state.shared._replace(rough=new.shared.rough, exact=new.shared.exact),
-            at=new.at._replace(table=table),
             memory=state.memory,
             products=state.products,
         )
@@ -329,9 +330,9 @@ class Newton:
         """The classes are alike at first, so their first one is shared."""
 
         def make(old: Array) -> Array:
-            spread = self.lanes.pooled(at.spread(), counts)
+            spread, ridge = (self.lanes.pooled(v, counts) for v in (at.spread(), self.ridge))
             return _preconditioner.inverse(
-                self.fast.problem, spread, self.mean, self.ridge, self.plan, alike=first, old=old
+                self.fast.problem, spread, self.mean, ridge, self.plan, alike=first, old=old
             )
 
         inverse = once(first | due, make, shared.inverse)

@@ -94,8 +94,8 @@ def cross_validate(
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoftmax import cross_validate
-      >>> features = jnp.arange(12.0)[:, None]
-      >>> labels = jnp.array([0, 0, 0, 0, 1, 0, 1, 0, 1, 1, 1, 1])
+      >>> features = jnp.array([0, 4, 1, 3, 2, 5, 9, 5, 8, 4, 7, 6.0])[:, None]
+      >>> labels = jnp.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
       >>> result = cross_validate(
       ...     features, labels, num_classes=2, l2s=jnp.array([10.0, 0.1]), folds=3
       ... )
@@ -124,7 +124,10 @@ def cross_validate(
         tol=tol,
         max_iter=max_iter,
     )
-    return _cross_validate(_masks(folds, arrays[1], arrays[3]), *arrays, **static)
+    x, y, penalties, weight, *others = arrays
+    masks = fold_masks(folds, y, weight)
+    penalties = jnp.broadcast_to(penalties, (len(masks) + 1, *penalties.shape))
+    return validated(masks, x, y, penalties, weight, *others, **static)
 
 
 def stratified_folds(
@@ -170,7 +173,7 @@ def stratified_folds(
     return jnp.zeros(count, jnp.int32).at[shuffled[by_class]].set(ordered)
 
 
-def _masks(
+def fold_masks(
     folds: int | ArrayLike, labels: Array, sample_weight: Array | None
 ) -> Shaped[Array, "folds examples"]:
     """1 for examples that a fold holds out, 0 for those that it fits, -1 for neither."""
@@ -232,7 +235,7 @@ class _Scores(NamedTuple):
 @partial(jax.jit, static_argnames=("num_classes", "fit_bias", "solver"))
 @precise
 @partitioned
-def _cross_validate(
+def validated(
     masks: Array,
     features: Array,
     labels: Array,
@@ -241,25 +244,29 @@ def _cross_validate(
     *others: Any,
     **static: Any,
 ) -> CrossValidation:
+    """`cross_validate` of checked arguments, with penalties (folds + 1, penalties): those of each
+    fold, and last those of all examples, which are the ones that are chosen from."""
     weight = jnp.ones(len(features), l2s.dtype) if sample_weight is None else sample_weight
     fitted = jnp.concatenate([jnp.where(masks == 0, weight, 0), weight[None]])
 
     def fit(weight: Array, l2: Array) -> Fit:
         return solved(features, labels, l2, weight, *others, **static)
 
-    fits = jax.vmap(jax.vmap(fit, (None, 0)), (0, None))(fitted, l2s)
+    fits = jax.vmap(jax.vmap(fit, (None, 0)))(fitted, l2s)
     path = jax.tree.map(lambda values: values[-1], fits)
     fold_fits = jax.tree.map(lambda values: values[:-1], fits)
 
     def scores_of_fold(of_fold: tuple[Array, Params]) -> _Scores:
         held_out, params = of_fold
-        problem = make_problem(features, labels, l2=jnp.zeros_like(l2s[0]), sample_weight=held_out)
+        problem = make_problem(
+            features, labels, l2=jnp.zeros_like(l2s[0, 0]), sample_weight=held_out
+        )
         return lax.map(lambda params: _scores(params, problem), params)
 
     scores = lax.map(scores_of_fold, (jnp.where(masks == 1, weight, 0), fold_fits.params))
-    best, one_standard_error = _chosen(scores.known_log_loss, l2s)
+    best, one_standard_error = _chosen(scores.known_log_loss, l2s[-1])
     return CrossValidation(
-        l2s=l2s,
+        l2s=l2s[-1],
         path=path,
         fold_fits=fold_fits,
         log_loss=scores.log_loss,

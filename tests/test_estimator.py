@@ -213,7 +213,7 @@ def test_folds_of_nearly_one_size_share_a_program() -> None:
 
     X, y = iris()
     SoftmaxRegression().fit(X[:140], y[:140])
-    programs: Any = regression._fit
+    programs: Any = regression.solved
     size = programs._cache_size()
     for rows in range(141, 147):
         SoftmaxRegression().fit(X[:rows], y[:rows])

@@ -17,7 +17,8 @@ L2S = np.array([1e-2, 10.0, 1e-4, 0.3])  # in no order
 
 
 def small_path(features: jax.Array, labels: jax.Array, **kwargs: Any) -> Fit:
-    return fit_path(features, labels, **({"num_classes": CLASSES, "l2s": L2S, "tol": TOL} | kwargs))
+    defaults: dict[str, Any] = {"num_classes": CLASSES, "l2s": L2S, "tol": TOL}
+    return fit_path(features, labels, **(defaults | kwargs))
 
 
 def same(actual: Fit, expected: Fit, atol: float = 1e-6 if DOUBLE else 3e-3) -> None:
@@ -159,7 +160,7 @@ def test_the_grid_takes_probability_labels_and_features_that_say_nothing() -> No
         ({"l2s": [1.0, -2.0]}, ValueError, "l2s must be at least 0, got -2.0"),
         ({"l2s": [1.0, np.nan]}, ValueError, "l2s must be at least 0, got nan"),
         ({"solver": "sgd"}, ValueError, "solver must be one of"),
-        ({"init": Params(np.zeros((2, WIDTH)), np.zeros(2))}, ValueError, "init.weights"),
+        ({"init": Params(jnp.zeros((2, WIDTH)), jnp.zeros(2))}, ValueError, "init.weights"),
     ],
 )
 @pytest.mark.usefixtures("no_jaxtyping", "no_debug_nans")

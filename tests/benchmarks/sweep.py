@@ -25,6 +25,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,7 +174,8 @@ def screened(
     solvers = ["lbfgs", "newton-cg"]
     if data.classes * data.features.shape[1] <= LARGEST_HESSIAN:
         solvers.append("newton-cholesky")
-    reached, longest = [], 0.0
+    reached: list[tuple[float, tuple[str, str, float]]] = []
+    longest = 0.0
     for solver in solvers:
         for dtype in ("float32", "float64"):
             for tol in TOLERANCES:
@@ -221,7 +223,7 @@ def report(data: Data, limit: float) -> list[float]:
         peer, name = of_peer * FOLDS, "none, at least"
     else:
         solver, dtype, tol = setting
-        whole = {"loop": loop(data, *setting, FOLDS, math.inf)}
+        whole: dict[str, tuple[float, Any, Any]] = {"loop": loop(data, *setting, FOLDS, math.inf)}
         for jobs in (1, 2):
             whole[f"LogisticRegressionCV, n_jobs={jobs}"] = library_loop(data, *setting, jobs)
         for way, (spent, weights, biases) in whole.items():
@@ -269,8 +271,8 @@ def picture(path: Path) -> None:
     for count in counts:
         seconds = medians(
             {
-                "bootstrap replicates": lambda count=count: replicates(weights[:count]),
-                "penalties": lambda count=count: penalties(jnp.logspace(0, -8, count)),
+                "bootstrap replicates": partial(replicates, weights[:count]),
+                "penalties": partial(penalties, jnp.logspace(0, -8, count, dtype=jnp.float32)),
             },
             repeats=5,
             least=0.05,
