@@ -101,7 +101,7 @@ def cross_validate(
       ... )
       >>> result.log_loss.shape
       (3, 2)
-      >>> float(result.l2s[result.best])
+      >>> print(result.l2s[result.best])
       0.1
       >>> result.fit().params.weights.shape
       (2, 1)
