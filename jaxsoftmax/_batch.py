@@ -20,8 +20,10 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
 from jaxsoftmax._execution import ALONE, Lanes
-from jaxsoftmax._newton import Frame, Newton, State, frame, newton_cg
+from jaxsoftmax._frame import Frame, frame
+from jaxsoftmax._newton import Newton, newton_cg
 from jaxsoftmax._problem import Problem
+from jaxsoftmax._state import State
 from jaxsoftmax.objective import Params
 from jaxsoftmax.solvers import Fit, Status
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ from jax.typing import DTypeLike
 
 from jaxsoftmax import _coordinates, _preconditioner, certificate
 from jaxsoftmax._conjugate_gradient import (
-    Memory,
     Progress,
     conjugate_gradient,
     empty_memory,
@@ -21,12 +19,13 @@ from jaxsoftmax._conjugate_gradient import (
 )
 from jaxsoftmax._coordinates import RowSpace, Standard, View
 from jaxsoftmax._execution import ALONE, Lanes
+from jaxsoftmax._frame import FAST, Frame, frame, plan_of
 from jaxsoftmax._preconditioner import Plan
 from jaxsoftmax._problem import Problem, thinned
-from jaxsoftmax.objective import Curvature, Params, curvature, in_blocks, value_and_gradient
+from jaxsoftmax._state import Point, Shared, State
+from jaxsoftmax.objective import Curvature, Params, curvature, value_and_gradient
 from jaxsoftmax.solvers import RUNNING, Fit, Status
 
-_FAST = jnp.float32  # the dtype of products with the Hessian and of the preconditioner
 _FORCING = 0.3  # the accuracy of a Newton step, far from the optimum
 _LEAST_FORCING = 1e-3
 _SAMPLED_FORCING = 0.1  # the Hessian of a sample deserves no more
@@ -36,105 +35,6 @@ _ROUGH = 1e-4  # relative decrement down to which a float32 objective will do
 _LENGTH = 1000.0  # of a step along the gradient, before it is halved
 _POLISHES = 3  # steps of the bias alone before the end
 _IDLE = 2  # steps without progress after which it has stalled
-
-
-class Point(NamedTuple):
-    """A table, the objective and its gradient there, and the duality gap of the weights."""
-
-    table: Array
-    value: Array
-    gradient: Array
-    weights_gap: Array
-
-
-class Shared(NamedTuple):
-    """What the iteration of problems side by side has in common.
-
-    Attributes:
-      inverse: the preconditioner.
-      owed: products since it was made, those with a sample's Hessian in proportion; -1 before.
-      rough: whether points were evaluated in float32, though the problem has float64.
-      sampled: whether steps are taken with the Hessian of a sample of the examples.
-      exact: whether products are computed in the dtype of the problem.
-    """
-
-    inverse: Array
-    owed: Array
-    rough: Array
-    sampled: Array
-    exact: Array
-
-
-class State(NamedTuple):
-    """A point, and what the iteration knows besides.
-
-    Attributes:
-      shared: what it shares with other problems.
-      at: the point.
-      gap: bound on objective - minimum there, if it is known.
-      memory: directions of the last step's conjugate gradients, which correct the preconditioner.
-      drop: the squared decrement of the last step, relative to the objective.
-      idle: steps in a row without progress.
-      polished: steps of the bias alone, in a row.
-      iterations: Newton steps, -1 before the first point is evaluated.
-      products: gradients and products with the Hessian so far, which read the features twice each;
-        those with a sample's Hessian in proportion.
-      status: a `Status`, or RUNNING.
-    """
-
-    shared: Shared
-    at: Point
-    gap: Array
-    memory: Memory
-    drop: Array
-    idle: Array
-    polished: Array
-    iterations: Array
-    products: Array
-    status: Array
-
-
-class Frame(NamedTuple):
-    """What problems of the same features share.
-
-    Attributes:
-      rows: the space of the rows, if there are fewer of them than columns.
-      view: the coordinates, and the problem that they are of.
-      columns: the features in standard coordinates.
-      sample: those of a sample.
-      mean: the covariance of the columns, if a preconditioner wants it.
-    """
-
-    rows: RowSpace | None
-    view: View
-    columns: Array
-    sample: Array | None
-    mean: Array | None
-
-
-def frame(problem: Problem, classes: int, *, fit_bias: bool, lanes: int = 1) -> Frame:
-    """That of a problem and of others with the same features, whatever their penalties."""
-    problem = problem._replace(l2=jnp.zeros((), problem.share.dtype))
-    rows = None
-    if problem.features.shape[1] > problem.features.shape[0]:
-        rows, problem = _coordinates.row_space(problem, centre=fit_bias)
-    view = _coordinates.view(problem, centre=fit_bias)
-    fast = _coordinates.standard(view, _coordinates.standard_columns(view, _FAST)).problem
-    plan = _plan(fast, classes, lanes)
-    sample = thinned(fast, plan.stride) if plan.stride > 1 else None
-    return Frame(
-        rows=rows,
-        view=view,
-        columns=fast.features,
-        sample=None if sample is None else sample.features,
-        mean=_preconditioner.covariance(sample or fast) if plan.groups else None,
-    )
-
-
-def _plan(problem: Problem, classes: int, lanes: int) -> Plan:
-    kept = not in_blocks(classes, problem)
-    examples, width = problem.features.shape
-    return _preconditioner.plan(examples, width, classes, kept=kept, lanes=lanes)
 
 
 def newton_cg(
@@ -205,7 +105,7 @@ class Newton:
     ) -> "Newton":
         view = frame.view._replace(problem=problem._replace(features=frame.view.problem.features))
         fast = _coordinates.standard(view, frame.columns)
-        plan = _plan(fast.problem, classes, lanes.size)
+        plan = plan_of(fast.problem, classes, lanes.size)
         sample = None
         if frame.sample is not None:
             sample = thinned(fast.problem, plan.stride)._replace(features=frame.sample)
@@ -229,7 +129,7 @@ class Newton:
 
     @property
     def exact(self) -> View | Standard:
-        return self.fast if self.wide == _FAST else self.view
+        return self.fast if self.wide == FAST else self.view
 
     @property
     def may_be_rough(self) -> bool:
@@ -244,20 +144,20 @@ class Newton:
         infinite, zero = jnp.full((), jnp.inf, self.wide), jnp.zeros((), jnp.int32)
         return State(
             shared=Shared(
-                inverse=jnp.zeros(shape if self.plan.groups else shape[:2], _FAST),
-                owed=jnp.full((), -1, _FAST),
+                inverse=jnp.zeros(shape if self.plan.groups else shape[:2], FAST),
+                owed=jnp.full((), -1, FAST),
                 rough=jnp.asarray(self.may_be_rough) & self.lanes.all(max_iter > 0),
                 sampled=jnp.full((), self.plan.stride > 1),
                 exact=jnp.zeros((), bool),
             ),
             at=Point(table, infinite, jnp.zeros_like(table), infinite),
             gap=infinite,
-            memory=empty_memory(self.plan.memory, table, _FAST),
+            memory=empty_memory(self.plan.memory, table, FAST),
             drop=infinite,
             idle=zero,
             polished=zero,
             iterations=zero - 1,
-            products=jnp.zeros((), _FAST),
+            products=jnp.zeros((), FAST),
             status=zero + RUNNING,
         )
 
@@ -298,7 +198,7 @@ class Newton:
             return value.astype(self.wide), of.table(slope).astype(self.wide)
 
         exactly = partial(evaluate, self.exact, self.wide)
-        roughly = partial(evaluate, self.fast, _FAST)
+        roughly = partial(evaluate, self.fast, FAST)
         value, slope = lax.cond(rough, roughly, exactly) if self.may_be_rough else exactly()
         gradient = self.free(slope)
         return Point(table, value, gradient, certificate.weights_gap(gradient, self.gap_scale))
@@ -306,7 +206,7 @@ class Newton:
     def hessian(self, state: State, at: Curvature, thin: Array) -> Callable[[Array], Array]:
         def product_of(here: Curvature) -> Callable[[Array], Array]:
             def product(table: Array) -> Array:
-                image = here.product(self.fast.params(table.astype(_FAST)))
+                image = here.product(self.fast.params(table.astype(FAST)))
                 return self.fast.table(image).astype(self.wide)
 
             return product
@@ -318,7 +218,7 @@ class Newton:
 
         fast_product = product_of(at)
         if self.sample is not None:
-            here = curvature(self.fast.params(state.at.table.astype(_FAST)), self.sample)
+            here = curvature(self.fast.params(state.at.table.astype(FAST)), self.sample)
             fast_product = partial(lax.cond, thin, product_of(here), fast_product)
         if self.exact is self.fast:
             return fast_product
@@ -340,7 +240,7 @@ class Newton:
 
     def cost(self, thin: Array) -> Array:
         """That of a product, which is 1 with all examples."""
-        return jnp.where(thin, jnp.asarray(1 / self.plan.stride, _FAST), 1)
+        return jnp.where(thin, jnp.asarray(1 / self.plan.stride, FAST), 1)
 
     def direction(
         self,
@@ -361,7 +261,7 @@ class Newton:
 
         def precondition(residual: Array) -> Array:
             residual = jnp.where(varied, self.free(residual), 0)
-            preconditioned = corrected(residual.astype(_FAST)).astype(self.wide)
+            preconditioned = corrected(residual.astype(FAST)).astype(self.wide)
             return jnp.where(varied, self.free(preconditioned), 0)
 
         least = jnp.where(thin, _SAMPLED_FORCING, _LEAST_FORCING)
@@ -377,7 +277,7 @@ class Newton:
             enough = cg.squared <= accuracy**2 * cg.first
             gap = certificate.weights_gap(cg.residual, self.gap_scale)
             certified = self.penalised & ~polish & (gap <= tol / 2 * value)
-            allowed = cg.steps.astype(_FAST) < jnp.where(precise, _MOST, most)
+            allowed = cg.steps.astype(FAST) < jnp.where(precise, _MOST, most)
             return wanted & ~enough & ~certified & allowed
 
         product = self.hessian(state, at, thin)
@@ -439,7 +339,7 @@ class Newton:
         needed: Array | None = first | due | (some & ~thin)
         if lanes.axis_name is None and self.sample is None:
             needed = None  # one problem nearly always does
-        at = curvature(self.fast.params(point.table.astype(_FAST)), self.fast.problem, needed)
+        at = curvature(self.fast.params(point.table.astype(FAST)), self.fast.problem, needed)
         shared = self.preconditioned(shared, at, wanted, first, due)
         state = state._replace(shared=shared)
         cg, step, size, slope = self.direction(state, at, tol, wanted, polish, thin, ending)
@@ -464,13 +364,13 @@ class Newton:
         ):
             status = jnp.where(started & holds, verdict, status)
         goes_on = running & (status == RUNNING)
-        passes = cg.steps.astype(_FAST) * self.cost(thin)
+        passes = cg.steps.astype(FAST) * self.cost(thin)
         remembered = (cg.steps > 0) & ~polish
         far = slope > jnp.maximum(tol, _ROUGH) * point.value
         far &= ~separable & (state.idle == 0) & (state.iterations + 1 < max_iter)
         rough = shared.rough & lanes.all(far | ~started | ~running)
         slack = jnp.asarray(4 * jnp.finfo(self.wide).eps, self.wide)
-        slack = jnp.where(shared.rough, jnp.asarray(16 * jnp.finfo(_FAST).eps, self.wide), slack)
+        slack = jnp.where(shared.rough, jnp.asarray(16 * jnp.finfo(FAST).eps, self.wide), slack)
         end, tries = once(
             goes_on,
             lambda _: self.line_search(point, step, size, slope, slack, rough),
@@ -506,7 +406,7 @@ class Newton:
             idle=jnp.where(switch, 0, idle),
             polished=jnp.where(polish, state.polished + 1, 0),
             iterations=jnp.where(goes_on & ~polish, state.iterations + 1, state.iterations),
-            products=state.products + passes + tries.astype(_FAST),
+            products=state.products + passes + tries.astype(FAST),
             status=status,
         )
         return State(shared, *lanes.only(running, new[1:], state[1:]))
