@@ -14,6 +14,8 @@ The modules, each built on those before it:
 * `paths`: `fit_path`, fits under many penalties in one program, by default those of `l2_grid`.
 * `validation`: `cross_validate`, paths of all folds in one program, to choose the penalty.
 * `separation`: `diverging_weights`, for fits of separable data.
+* `estimator`: `SoftmaxRegression` and `SoftmaxRegressionCV` for scikit-learn, imported as
+  `from jaxsoftmax.estimator import SoftmaxRegression`.
 * `training`: the minibatch trainer for any optax optimiser, used as `from jaxsoftmax import
   training`.
 

@@ -75,6 +75,7 @@ def solver(flags: _Flags | None = None, *, fit_bias: bool) -> Callable[..., Fit]
 
 
 def _one_by_one(solve: Callable[..., Fit], flags: _Flags, arguments: Any) -> Fit:
+    """`solve` for one problem after the other."""
     leaves, tree = jax.tree.flatten(arguments)
     own = jax.tree.leaves(flags)
 
@@ -132,6 +133,7 @@ def _path(
 def _side_by_side(
     flags: _Flags, problem: Problem, init: Params, tol: Array, max_iter: Array, *, fit_bias: bool
 ) -> Fit:
+    """Fits in groups as large as memory and cache allow; the last group is filled up."""
     of = flags[0]
     arguments = problem, init, tol, max_iter
     leaves, tree = jax.tree.flatten(arguments)
@@ -143,12 +145,15 @@ def _side_by_side(
     least = max(classes * examples / _LOGITS, 0 if alike else 4 * classes * width**2 / _BYTES)
     chunks = max(math.ceil(count / _MOST), math.ceil(count * least))
     size = -(-count // chunks)
+    if size == 1:
+        return _one_by_one(solver(fit_bias=fit_bias), flags, arguments)
 
     share = problem.share
     if of.share:  # a problem that has no weights is no reason for the others to have none
         share = jnp.mean(jnp.where(jnp.isfinite(share), share, 0), 0)
-    shared = frame(problem._replace(share=share), classes, fit_bias=fit_bias, lanes=size)
     lanes = Lanes(size, _AXIS, alike)
+    reference = problem._replace(share=share)
+    shared = frame(reference, classes, fit_bias=fit_bias, sharing=lanes.sharing)
 
     def lane(problem: Problem, init: Params, tol: Array, max_iter: Array) -> Fit:
         return _path(problem, shared, init, tol, max_iter, fit_bias=fit_bias, lanes=lanes)

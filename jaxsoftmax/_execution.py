@@ -53,6 +53,11 @@ class Lanes(NamedTuple):
     axis_name: str | None = None
     alike: bool = True
 
+    @property
+    def sharing(self) -> int:
+        """How many problems share a preconditioner."""
+        return self.size if self.alike else 1
+
     def any(self, holds: Array) -> Array:
         return self.most(holds.astype(jnp.int32)) > 0
 

@@ -32,7 +32,7 @@ class Frame(NamedTuple):
     mean: Array | None
 
 
-def frame(problem: Problem, classes: int, *, fit_bias: bool, lanes: int = 1) -> Frame:
+def frame(problem: Problem, classes: int, *, fit_bias: bool, sharing: int = 1) -> Frame:
     """That of a problem and of others with the same features, whatever their penalties."""
     problem = problem._replace(l2=jnp.zeros((), problem.share.dtype))
     rows = None
@@ -40,7 +40,7 @@ def frame(problem: Problem, classes: int, *, fit_bias: bool, lanes: int = 1) -> 
         rows, problem = _coordinates.row_space(problem, centre=fit_bias)
     view = _coordinates.view(problem, centre=fit_bias)
     fast = _coordinates.standard(view, _coordinates.standard_columns(view, FAST)).problem
-    plan = plan_of(fast, classes, lanes)
+    plan = plan_of(fast, classes, sharing)
     sample = thinned(fast, plan.stride) if plan.stride > 1 else None
     return Frame(
         rows=rows,
@@ -51,8 +51,8 @@ def frame(problem: Problem, classes: int, *, fit_bias: bool, lanes: int = 1) -> 
     )
 
 
-def plan_of(problem: Problem, classes: int, lanes: int) -> Plan:
-    """What suits problems of this shape, of which there are so many side by side."""
+def plan_of(problem: Problem, classes: int, sharing: int) -> Plan:
+    """What suits problems of this shape, so many of which share a preconditioner."""
     kept = not in_blocks(classes, problem)
     examples, width = problem.features.shape
-    return _preconditioner.plan(examples, width, classes, kept=kept, lanes=lanes)
+    return _preconditioner.plan(examples, width, classes, kept=kept, sharing=sharing)

@@ -80,7 +80,21 @@ def newton_cg(
 
 @dataclass(frozen=True)
 class Newton:
-    """Newton's method for one problem, or for one of several side by side."""
+    """Newton's method for one problem, or for one of several side by side.
+
+    Attributes:
+      rows: the coordinates in which there are no more columns than rows, if they are needed.
+      view: the problem with standard coordinates of its columns.
+      fast: the problem in them, in float32.
+      sample: a sample of the examples of `fast`, if its Hessian is to give steps.
+      mean: the covariance of the columns, for the preconditioner.
+      free: the part of a table that can vary.
+      ridge: the penalties in standard coordinates, for the preconditioner.
+      gap_scale: that of the duality gap.
+      penalised: whether l2 is above 0.
+      plan: what suits the shapes.
+      lanes: the problems side by side.
+    """
 
     rows: RowSpace | None
     view: View
@@ -103,9 +117,10 @@ class Newton:
         fit_bias: bool,
         lanes: Lanes = ALONE,
     ) -> "Newton":
+        """That of a problem whose features are those of `frame`."""
         view = frame.view._replace(problem=problem._replace(features=frame.view.problem.features))
         fast = _coordinates.standard(view, frame.columns)
-        plan = plan_of(fast.problem, classes, lanes.size)
+        plan = plan_of(fast.problem, classes, lanes.sharing)
         sample = None
         if frame.sample is not None:
             sample = thinned(fast.problem, plan.stride)._replace(features=frame.sample)
@@ -125,10 +140,12 @@ class Newton:
 
     @property
     def wide(self) -> DTypeLike:
+        """The dtype of the problem."""
         return self.view.problem.share.dtype
 
     @property
     def exact(self) -> View | Standard:
+        """The problem in its own dtype."""
         return self.fast if self.wide == FAST else self.view
 
     @property
@@ -136,9 +153,11 @@ class Newton:
         return self.plan.large and self.exact is not self.fast
 
     def table_of(self, init: Params) -> Array:
+        """Parameters of the problem's features as a table."""
         return self.view.table_of(init if self.rows is None else self.rows.inward(init))
 
     def start(self, table: Array, max_iter: Array) -> State:
+        """Before anything is known but where to start."""
         width = table.shape[1]
         shape = (self.plan.groups or 1, width, width)
         infinite, zero = jnp.full((), jnp.inf, self.wide), jnp.zeros((), jnp.int32)
@@ -171,6 +190,7 @@ class Newton:
         )
 
     def minimised(self, start: State, tol: Array, max_iter: Array) -> State:
+        """Where Newton's method ends."""
         return lax.while_loop(
             lambda state: self.lanes.any(state.status == RUNNING),
             lambda state: self.advance(state, tol, max_iter),
@@ -178,6 +198,7 @@ class Newton:
         )
 
     def fit(self, end: State) -> Fit:
+        """What is reported of it."""
         value = end.at.value
         params = self.view.params(self.free(end.at.table))  # its steps are, but for their rounding
         gradient = self.view.gradient(end.at.gradient)
@@ -193,6 +214,8 @@ class Newton:
         )
 
     def evaluated(self, table: Array, rough: Array) -> Point:
+        """The objective at a table, in float32 if that is to do."""
+
         def evaluate(of: View | Standard, dtype: DTypeLike) -> tuple[Array, Array]:
             value, slope = value_and_gradient(of.params(table.astype(dtype)), of.problem)
             return value.astype(self.wide), of.table(slope).astype(self.wide)
@@ -204,6 +227,8 @@ class Newton:
         return Point(table, value, gradient, certificate.weights_gap(gradient, self.gap_scale))
 
     def hessian(self, state: State, at: Curvature, thin: Array) -> Callable[[Array], Array]:
+        """Products with the Hessian, that of the sample if `thin`."""
+
         def product_of(here: Curvature) -> Callable[[Array], Array]:
             def product(table: Array) -> Array:
                 image = here.product(self.fast.params(table.astype(FAST)))
@@ -227,7 +252,8 @@ class Newton:
     def preconditioned(
         self, shared: Shared, at: Curvature, counts: Array, first: Array, due: Array
     ) -> Shared:
-        """The classes are alike at first, so their first one is shared."""
+        """With a new preconditioner, if one is `due` or it is the `first`: then the classes are
+        alike, and one serves them all. Of problems side by side those that count make it."""
 
         def make(old: Array) -> Array:
             spread, ridge = (self.lanes.pooled(v, counts) for v in (at.spread(), self.ridge))
@@ -319,6 +345,7 @@ class Newton:
         return new, tries
 
     def advance(self, state: State, tol: Array, max_iter: Array) -> State:
+        """A Newton step, or one of the bias alone, and the verdict on the point before it."""
         point, lanes, shared = state.at, self.lanes, state.shared
         running = state.status == RUNNING
         started = state.iterations >= 0

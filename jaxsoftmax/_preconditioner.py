@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     stride: int
 
 
-def plan(examples: int, width: int, classes: int, *, kept: bool, lanes: int = 1) -> Plan:
+def plan(examples: int, width: int, classes: int, *, kept: bool, sharing: int = 1) -> Plan:
     """Measured on two CPU cores; `kept` says that there is a weight for each example and class.
 
     One factor per class cuts the products of a fit to a half (digits, DNA) to a seventh
@@ -57,6 +57,9 @@ def plan(examples: int, width: int, classes: int, *, kept: bool, lanes: int = 1)
     8 directions of conjugate gradients save as many products as 64: a sixth on Fashion-MNIST, half
     with standardised columns, none where a fit takes few.
 
+    `sharing` problems side by side make them once, and take about half the time of as many single
+    ones for a product.
+
     With 8 examples for each parameter, a sample's Hessian leaves a tenth of the decrement or less
     at every step: 100000 examples of 100 features in 20 classes take the time of 15 products
     instead of 26. Real data with fewer examples gained nothing by it.
@@ -67,7 +70,7 @@ def plan(examples: int, width: int, classes: int, *, kept: bool, lanes: int = 1)
     if groups * size > budget:
         groups = 1 if size <= budget else 0
     rows = min(examples, max(2 * examples // max(groups, 4), width, 1))
-    side = max(lanes // 2, 1)
+    side = max(sharing // 2, 1)
     price = 20 + groups * width * (rows + 8 * width) // (20 * classes * examples * side)
     memory = max(min(8, budget // (8 * classes * (width + 1))), 1)
     large = examples * width >= _LARGE

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jaxsoftmax import Fit, Params, Status, _batch, fit
+from jaxsoftmax import Fit, Params, Status, _batch, _preconditioner, fit
 from tests.fits import CLASSES, EXAMPLES, L2, WIDTH, data
 from tests.helpers import WIDE
 from tests.test_paths import DOUBLE, TOL, entry, same, small_fit
@@ -112,6 +112,29 @@ def test_groups_of_problems_equal_single_fits() -> None:
     assert fits.status.shape == (PROBLEMS,)
     for i in range(PROBLEMS):
         same(entry(fits, i), small_fit(features, labels, sample_weight=drawn[i]))
+
+
+def test_large_problems_side_by_side_equal_single_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that begin with the Hessian of a sample, and in float32."""
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal(size=(600, WIDTH)), WIDE)
+    scores = features @ rng.normal(size=(WIDTH, CLASSES)) + rng.gumbel(size=(600, CLASSES))
+    labels = jnp.argmax(scores, 1)
+    drawn = jnp.asarray(rng.multinomial(600, np.full(600, 1 / 600), size=2), WIDE)
+
+    def fitted(weight: jax.Array, l2: jax.Array) -> Fit:
+        return fit(features, labels, num_classes=CLASSES, l2=l2, sample_weight=weight, tol=TOL)
+
+    l2s = jnp.asarray([1e-3, 0.1], WIDE)
+    singles = [[fitted(weight, l2) for l2 in l2s] for weight in drawn]
+    monkeypatch.setattr(_preconditioner, "_LARGE", 0)
+    jax.clear_caches()
+    together = jax.vmap(jax.vmap(fitted, (None, 0)), (0, None))(drawn, l2s)
+    jax.clear_caches()
+    assert (together.status == Status.CONVERGED).all()
+    for i in range(2):
+        for k in range(2):
+            same(entry(together, i, k), singles[i][k])
 
 
 @pytest.mark.usefixtures("no_debug_nans")

@@ -13,7 +13,16 @@ import jaxsoftmax
 pytestmark = pytest.mark.single
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = ["sklearn", "matplotlib", "tqdm", "scipy.optimize", "pandas"]
+OPTIONAL = [
+    "sklearn",
+    "matplotlib",
+    "tqdm",
+    "scipy.optimize",
+    "pandas",
+    "polars",
+    "pyarrow",
+    "safetensors",
+]
 
 
 def test_the_import_brings_no_optional_dependency() -> None:
