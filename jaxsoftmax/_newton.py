@@ -509,4 +509,4 @@ class Newton:
             products=state.products + passes + tries.astype(_FAST),
             status=status,
         )
-        return lanes.only(running, new, state)._replace(shared=shared)
+        return State(shared, *lanes.only(running, new[1:], state[1:]))

@@ -82,6 +82,14 @@ def _present_classes(labels: Array, share: Array, num_classes: int) -> Bool[Arra
     return jnp.any(members & (share > 0)[:, None], 0)
 
 
+def probabilities(problem: Problem, num_classes: int) -> Float[Array, "classes examples"]:
+    """The labels as probabilities."""
+    if problem.labels.ndim == 2:
+        return problem.labels
+    classes = jnp.arange(num_classes, dtype=jnp.int32)[:, None]
+    return (problem.labels.astype(jnp.int32) == classes).astype(problem.share.dtype)
+
+
 def sum_over_rows(f: Callable[[Problem], _Sum], problem: Problem, size: int) -> _Sum:
     """f(problem) for an f that is a sum over the examples, in blocks of `size` of them."""
     examples = problem.features.shape[0]

@@ -11,7 +11,7 @@ from jaxtyping import Float, Shaped
 
 from jaxsoftmax import _checks
 from jaxsoftmax._execution import partitioned, precise
-from jaxsoftmax._problem import make_problem
+from jaxsoftmax._problem import make_problem, probabilities
 from jaxsoftmax._rows import compute_dtype
 from jaxsoftmax.objective import Params
 from jaxsoftmax.regression import checked, solved
@@ -76,10 +76,7 @@ def _l2_grid(
         features, labels, l2=zero, sample_weight=sample_weight, num_classes=num_classes
     )
     share = problem.share
-    if labels.ndim == 1:
-        targets = (problem.labels == jnp.arange(num_classes)[:, None]).astype(share.dtype)
-    else:
-        targets = problem.labels
+    targets = probabilities(problem, num_classes)
     # At the optimal bias the residuals sum to 0, so that the columns' means do not count.
     residuals = share * (targets - (targets @ share)[:, None])
     columns = features.astype(share.dtype)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Shaped
 
 from jaxsoftmax import _checks
 from jaxsoftmax._execution import partitioned, precise
-from jaxsoftmax._problem import Problem, make_problem, sum_over_rows
+from jaxsoftmax._problem import Problem, make_problem, probabilities, sum_over_rows
 from jaxsoftmax.functional import softmax
 from jaxsoftmax.losses import cross_entropy
 from jaxsoftmax.objective import Params
@@ -200,6 +200,8 @@ def fold_masks(
         masks = _members(jnp.asarray(ids), int(ids.max()) + 1)
     else:
         masks = _checks.array("folds", folds)
+        if masks.dtype == jnp.bool_:
+            masks = masks.astype(jnp.int8)
         if masks.ndim != 2 or masks.shape[0] == 0 or masks.shape[1] != examples:
             raise ValueError(
                 f"folds must have shape (folds, examples) = (folds, {examples}), "
@@ -220,7 +222,7 @@ def fold_masks(
 
 
 def _members(ids: Array, count: int) -> Array:
-    return (ids == jnp.arange(count)[:, None]).astype(jnp.int8)
+    return (ids == jnp.arange(count, dtype=ids.dtype)[:, None]).astype(jnp.int8)
 
 
 class _Scores(NamedTuple):
@@ -285,10 +287,7 @@ def _scores(params: Params, problem: Problem) -> _Scores:
         logits += params.bias[:, None]
         # Under a class that was not fitted, with probability 0, its bias is -inf.
         p = softmax(logits, 0)
-        if rows.labels.ndim == 2:
-            targets = rows.labels
-        else:
-            targets = (rows.labels == jnp.arange(classes)[:, None]).astype(p.dtype)
+        targets = probabilities(rows, classes)
         own = jnp.argmax(targets, 0)
         losses = cross_entropy(logits, rows.labels, axis=0)
         scores = _Scores(

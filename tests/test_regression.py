@@ -545,32 +545,6 @@ def assert_equals_loop(batched: Fit, singles: list[Fit]) -> None:
 
 
 @pytest.mark.single
-def test_vmap_over_penalties_equals_a_loop() -> None:
-    features, labels = data()
-    l2s = jnp.array([0.0, 1e-2, 1.0], WIDE)
-    batched = jax.vmap(lambda l2: small_fit(features, labels, l2=l2))(l2s)
-    assert_equals_loop(batched, [small_fit(features, labels, l2=l2) for l2 in l2s])
-
-
-@pytest.mark.single
-def test_vmap_over_labels_and_weights_equals_a_loop() -> None:
-    features, labels = data()
-    many = jnp.stack([labels, (labels + 1) % CLASSES, labels[::-1]])
-    weight = jnp.asarray(np.random.default_rng(2).integers(0, 2, (3, EXAMPLES)), WIDE)
-    batched = jax.vmap(lambda y, w: small_fit(features, y, sample_weight=w))(many, weight)
-    singles = [small_fit(features, y, sample_weight=w) for y, w in zip(many, weight, strict=True)]
-    assert_equals_loop(batched, singles)
-
-
-@pytest.mark.single
-def test_vmap_over_stacked_features_equals_a_loop() -> None:
-    pairs = [data(seed) for seed in range(3)]
-    features, labels = map(jnp.stack, zip(*pairs, strict=True))
-    batched = jax.vmap(small_fit)(features, labels)
-    assert_equals_loop(batched, [small_fit(*pair) for pair in pairs])
-
-
-@pytest.mark.single
 def test_scan_over_penalties_with_warm_starts() -> None:
     features, labels = data()
 
