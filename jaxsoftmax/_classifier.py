@@ -1,5 +1,6 @@
 """What the scikit-learn classifiers share: checks of their data, predictions, saving, warnings."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from os import PathLike
@@ -120,7 +121,8 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         Raises:
           NotFittedError: there was no `fit` yet.
           ModuleNotFoundError: safetensors is not installed; `jaxsoftmax[sklearn]` brings it.
-          TypeError: a class or a parameter is neither a string nor a boolean nor a number.
+          TypeError: a class or a parameter is neither a string nor a boolean nor a number, as a
+            splitter or a function is.
         """
         check_is_fitted(self, "coef_")
         arrays = {name: getattr(self, name) for name in self._arrays}
@@ -133,7 +135,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         header = {
             "estimator": type(self).__name__,
             "dtype": str(self.coef_.dtype),
-            "params": {name: _plain(value) for name, value in params.items()},
+            "params": {name: _plain(name, value) for name, value in params.items()},
             "fitted": {
                 name: _persistence.encoded(value) if isinstance(value, np.ndarray) else value
                 for name, value in fitted.items()
@@ -410,8 +412,17 @@ def _float_dtypes(X: Any) -> list[Any]:
     return [np.float64, np.float32]
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+def _plain(name: str, value: Any) -> Any:
+    """A parameter as JSON can express it."""
+    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    try:
+        json.dumps(value)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}={value!r} cannot be saved without pickle; set_params({name}=...) to a string "
+            "or a number first, which leaves the predictions as they are."
+        ) from error
+    return value
 
 
 def _check_present(y: Any) -> None:

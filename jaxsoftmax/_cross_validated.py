@@ -285,14 +285,14 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
         scores = np.empty((len(held_out), len(self.Cs_)))
         for fold, index in np.ndindex(scores.shape):
             params = Params(*(value[fold, index] for value in fits.params))
-            model = self._light(params, self.Cs_[index])
+            model = self._model_of(params, float(self.Cs_[index]))
             scores[fold, index] = score(model, held_out[fold])
         return scores
 
-    def _light(self, params: Params, C: float) -> SoftmaxClassifier:
-        """A classifier that a scorer can ask."""
-        model: Any = SoftmaxClassifier()
-        model.classes_, model.n_features_in_, model.C = self.classes_, self.n_features_in_, C
+    def _model_of(self, params: Params, C: float) -> "SoftmaxRegressionCV":
+        """A fitted model of one C for a scorer to ask."""
+        model = SoftmaxRegressionCV([C], fit_intercept=self.fit_intercept)
+        model.classes_, model.n_features_in_, model.C_ = self.classes_, self.n_features_in_, C
         model._set_model(params)
         return model
 
