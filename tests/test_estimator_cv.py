@@ -52,7 +52,8 @@ def iris() -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def small(**params: Any) -> SoftmaxRegressionCV:
-    return SoftmaxRegressionCV(**{"Cs": CS, "cv": 3} | params)
+    defaults: dict[str, Any] = {"Cs": CS, "cv": 3}
+    return SoftmaxRegressionCV(**defaults | params)
 
 
 @cache
