@@ -1,9 +1,10 @@
 """What the scikit-learn classifiers share: checks of their data, predictions, saving, warnings."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,36 @@ from jaxsoftmax import _persistence
 from jaxsoftmax._execution import precise
 from jaxsoftmax.functional import log_softmax, softmax
 from jaxsoftmax.objective import Params, linear_logits
+from jaxsoftmax.separation import diverging_weights
+from jaxsoftmax.solvers import Fit, Status
 
 Numbers = NDArray[Any]
 _Model = TypeVar("_Model", bound="SoftmaxClassifier")
 
 # The most features that are copied for the sake of a common shape.
 _PADDED = 2**22
+# Scales of columns above this, or that differ by more, are worth a word in a warning.
+_SCALE_RATIO = 1e3
+
+
+class Examples(NamedTuple):
+    """What a fit takes, checked.
+
+    Attributes:
+      X: features (examples, features).
+      y: their labels.
+      labels: these as indices into the classes.
+      weight: float64 weights, those of the classes included.
+      share: the weights relative to the largest, in the dtype of the features.
+      present: number of classes that have an example of positive weight.
+    """
+
+    X: Numbers
+    y: Numbers
+    labels: Numbers
+    weight: Numbers
+    share: Numbers
+    present: int
 
 
 class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
@@ -34,11 +59,15 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
     coef_: Any
     intercept_: Any
     classes_: Numbers
+    fit_intercept: bool
+    class_weight: Any
+    tol: float
+    max_iter: int
 
-    # Attributes of a fitted model, which `save` writes where they are present.
+    # Attributes of a fitted model, which `save` writes where they are present: those that are
+    # arrays of numbers as such, the others in the header.
+    _arrays: tuple[str, ...] = ("coef_", "intercept_")
     _fitted: tuple[str, ...] = (
-        "coef_",
-        "intercept_",
         "classes_",
         "n_iter_",
         "gap_",
@@ -92,11 +121,12 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         Raises:
           NotFittedError: there was no `fit` yet.
           ModuleNotFoundError: safetensors is not installed; `jaxsoftmax[sklearn]` brings it.
-          TypeError: a class or a parameter is neither a string nor a boolean nor a number.
+          TypeError: a class or a parameter is neither a string nor a boolean nor a number, as a
+            splitter or a function is.
         """
         check_is_fitted(self, "coef_")
+        arrays = {name: getattr(self, name) for name in self._arrays}
         fitted = {name: getattr(self, name) for name in self._fitted if hasattr(self, name)}
-        arrays = {name: fitted[name] for name in ("coef_", "intercept_")}
         params = self.get_params(deep=False)
         if isinstance(params.get("class_weight"), dict):  # JSON has no keys but strings
             params["class_weight"] = [
@@ -105,11 +135,10 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         header = {
             "estimator": type(self).__name__,
             "dtype": str(self.coef_.dtype),
-            "params": {name: _plain(value) for name, value in params.items()},
+            "params": {name: _plain(name, value) for name, value in params.items()},
             "fitted": {
                 name: _persistence.encoded(value) if isinstance(value, np.ndarray) else value
                 for name, value in fitted.items()
-                if name not in arrays
             },
         }
         _persistence.save(path, _persistence.Contents(arrays, header))
@@ -129,20 +158,27 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
           ModuleNotFoundError: safetensors is not installed; `jaxsoftmax[sklearn]` brings it.
           ValueError: the file is damaged, truncated, or of something else.
         """
-        arrays, header = _persistence.load(path)
-        if header["estimator"] != cls.__name__:
-            raise ValueError(f"{path} holds a {header['estimator']}, not a {cls.__name__}")
+        try:
+            arrays, header = _persistence.load(path)
+            if (written := header["estimator"]) == cls.__name__:
+                return cls._restored(arrays, header)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} lacks a part of a {cls.__name__}: {error!r}") from error
+        raise ValueError(f"{path} holds a {written}, not a {cls.__name__}")
+
+    @classmethod
+    def _restored(cls: type[_Model], arrays: dict[str, Numbers], header: dict[str, Any]) -> _Model:
         params = header["params"]
         if isinstance(params.get("class_weight"), list):
             params["class_weight"] = dict(params["class_weight"])
         model = cls(**params)
-        fitted = {
-            name: _persistence.decoded(value) if isinstance(value, dict) else value
-            for name, value in header["fitted"].items()
-        }
-        for name, value in (arrays | fitted).items():
-            if name in cls._fitted:
-                setattr(model, name, value)
+        for name in cls._arrays:
+            setattr(model, name, arrays[name])
+        fitted = header["fitted"]
+        for name in {"classes_", "n_features_in_"} | (set(cls._fitted) & set(fitted)):
+            value = fitted[name]
+            value = _persistence.decoded(value) if isinstance(value, dict) else value
+            setattr(model, name, value)
         return model
 
     def _outputs(self, X: Any, link: Callable[[Array], Array] | None) -> Numbers:
@@ -160,6 +196,21 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         X, y = self._checked(X, y=y, reset=reset)
         check_classification_targets(y)
         return X, y
+
+    def _prepared(self, X: Any, y: Any, sample_weight: Any) -> Examples:
+        """The examples of a fit, whose classes become those of the model."""
+        X, y = self._examples(X, y, reset=True)
+        self.classes_ = np.unique(y)
+        labels = self._encoded(y)
+        weight = self._weights(sample_weight, self.class_weight, X, y)
+        share = (weight / weight.max()).astype(X.dtype)
+        present = self.classes_[np.bincount(labels, share, len(self.classes_)) > 0]
+        if len(present) < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs samples of at least 2 classes in the data, but the "
+                f"data contains only one class: {present.tolist()[0]!r}"
+            )
+        return Examples(X, y, labels, weight, share, len(present))
 
     def _checked(self, X: Any, *, reset: bool, **labels: Any) -> Any:
         """Features, or with `y` features and labels; NaN is looked for where it can be placed."""
@@ -235,11 +286,86 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         return Params(halves[:, None] * self.coef_, halves * self.intercept_)
 
     def _set_model(self, params: Params) -> None:
-        """scikit-learn's shapes: for two classes, the one row that is their difference."""
-        weights, bias = (np.array(value) for value in params)
-        if len(self.classes_) == 2:
-            weights, bias = weights[1:] - weights[:1], bias[1:] - bias[:1]
-        self.coef_, self.intercept_ = weights, bias
+        self.coef_, self.intercept_ = scikit_learns(params)
+
+    def _settled(self, fits: Fit) -> Fit:
+        """Fits with their status by `tol`, which asks less than the fits themselves were asked."""
+        short = np.isin(fits.status, (Status.STALLED, Status.MAX_ITER))
+        status: Any = np.where(short & (fits.gap <= self.tol), Status.CONVERGED, fits.status)
+        return fits._replace(status=status)
+
+    def _summary(self, fit: Fit) -> str:
+        return (
+            f"{Status(int(fit.status)).name} after {fit.iterations} iterations with gap "
+            f"{fit.gap:.1e} (tol={self.tol:g}) and gradient norm {fit.gradient_norm:.1e}"
+        )
+
+    def _advice(self, fit: Fit, C: float, examples: Examples) -> str:
+        """What may help a fit that has not converged."""
+        with np.errstate(all="ignore"):
+            X, labels, share = examples.X, examples.labels, examples.share
+            size = np.abs(X).max(0)
+            scales = size * (X / np.where(size > 0, size, 1)).std(0)  # lest the squares overflow
+            least, most = scales[scales > 0].min(initial=np.inf), scales.max()
+            words = [
+                f"The scales of the columns go from {least:.1e} to {most:.1e}, a ratio of "
+                f"{most / least:.1e}."
+            ]
+            right = (X @ fit.params.weights.T + fit.params.bias).argmax(1) == labels
+        if most / least > _SCALE_RATIO or most > _SCALE_RATIO:
+            words.append(
+                "Standardise the columns, for example by sklearn.preprocessing.StandardScaler."
+            )
+        if np.isinf(C) and np.isfinite(fit.objective):
+            with double(X.dtype):
+                moving = diverging_weights(
+                    Params(*fit.params),
+                    X,
+                    labels,
+                    sample_weight=share,
+                    fit_bias=bool(self.fit_intercept),
+                ).weights.any(0)
+            if moving.any():
+                words.append(
+                    f"The classes are separable along {self._named(np.asarray(moving))}, whose "
+                    "coefficients have no finite optimum without a penalty: choose a finite C."
+                )
+        elif right[share > 0].all():
+            words.append(
+                "All examples are classified right, so a smaller C may do: they are separable."
+            )
+        if fit.status == Status.MAX_ITER:
+            words.append(f"Raise max_iter, now {self.max_iter}.")
+        if fit.status == Status.STALLED:
+            words.append(
+                f"The precision of {X.dtype} allows no more: "
+                + ("pass float64 features or " if X.dtype == np.float32 else "")
+                + "raise tol."
+            )
+        return " ".join(words)
+
+
+def scikit_learns(params: Params) -> Params:
+    """Parameters in scikit-learn's shapes: of two classes, the one row that is their difference."""
+    weights: Any
+    bias: Any
+    weights, bias = (np.array(value) for value in params)
+    if bias.shape[-1] == 2:
+        weights, bias = weights[..., 1:, :] - weights[..., :1, :], bias[..., 1:] - bias[..., :1]
+    return Params(weights, bias)
+
+
+def penalty(C: Any, weight: Any, present: int) -> Any:
+    """The penalty of `jaxsoftmax.fit` that `C` is, for this total weight of the examples.
+
+    Of two classes, counting those that have examples, scikit-learn penalises one row.
+    """
+    return (2 if present == 2 else 1) / (C * weight)
+
+
+def solver_tol(tol: float, dtype: Any) -> float:
+    """What the solver is asked for where `tol` is to be reached: its square, where that is less."""
+    return max(min(tol, tol**2), float(np.finfo(dtype).tiny))
 
 
 def double(dtype: Any) -> Any:
@@ -270,7 +396,9 @@ def _linked(params: Params, features: Array, link: Callable[[Array], Array] | No
     if link is None:
         return logits
     if logits.shape[1] == 1:
-        logits = jnp.concatenate([jnp.zeros_like(logits), logits], 1)
+        # Of two classes the one that no example had lies infinitely below the other.
+        others = jnp.where(logits == jnp.inf, -jnp.inf, 0)
+        logits = jnp.concatenate([others, jnp.where(logits == jnp.inf, 0, logits)], 1)
     return link(logits)
 
 
@@ -284,8 +412,17 @@ def _float_dtypes(X: Any) -> list[Any]:
     return [np.float64, np.float32]
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+def _plain(name: str, value: Any) -> Any:
+    """A parameter as JSON can express it."""
+    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    try:
+        json.dumps(value)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}={value!r} cannot be saved without pickle; set_params({name}=...) to a string "
+            "or a number first, which leaves the predictions as they are."
+        ) from error
+    return value
 
 
 def _check_present(y: Any) -> None:

@@ -32,7 +32,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, scale
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from jaxsoftmax import Status, fit
+from jaxsoftmax import Status, _persistence, fit
 from jaxsoftmax.estimator import SoftmaxRegression
 from tests.helpers import X64
 
@@ -687,6 +687,29 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
         SoftmaxRegression.load(path)
     with pytest.raises(FileNotFoundError):
         SoftmaxRegression.load(tmp_path / "absent")
+
+
+@single
+def test_files_that_lack_a_part_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    fitted().save(path)
+    whole = _persistence.load(path)
+    lacking = [
+        _persistence.Contents(whole.arrays, {k: v for k, v in whole.header.items() if k != part})
+        for part in ("estimator", "params", "fitted")
+    ]
+    unknown = {**whole.header, "params": {"D": 1.0}}
+    fewer = {k: v for k, v in whole.header["fitted"].items() if k != "classes_"}
+    for contents in (
+        *lacking,
+        _persistence.Contents({}, whole.header),
+        _persistence.Contents(whole.arrays, unknown),
+        _persistence.Contents(whole.arrays, {**whole.header, "fitted": fewer}),
+    ):
+        _persistence.save(path, contents)
+        with pytest.raises(ValueError, match="lacks a part of a SoftmaxRegression") as error:
+            SoftmaxRegression.load(path)
+        assert str(path) in str(error.value)
 
 
 @single

@@ -1,22 +1,26 @@
-"""scikit-learn's own tests of `LogisticRegression`, of the installed version, with our class in it.
+"""scikit-learn's own tests of its logistic regressions, of the installed version, with our classes.
 
-The class takes the place of theirs in their test module, behind an adapter: their solvers become
-ours, parameters that only theirs have are dropped, and dense arrays stand for sparse ones. Each of
-their tests is in `RUN`, or in `LEFT_OUT` under the reason.
+These take the place of theirs in their test module, behind adapters: their solvers become ours,
+parameters and axes that only theirs have are dropped and added, and dense arrays stand for sparse
+ones. Each of their tests is in `RUN`, or in `LEFT_OUT` under the reason.
+
+Most of the time would go into the compilation of a program for each shape. So problems get columns
+of zeros, and grids get folds and penalties once more, up to one shape for all; none of it changes
+the rest of a fit.
 """
 
 import itertools
-import warnings
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 import pytest
 import sklearn
 from numpy.typing import NDArray
 from sklearn.linear_model._base import LinearClassifierMixin
 
-from jaxsoftmax.estimator import SoftmaxRegression
+from jaxsoftmax import estimator, fit
+from jaxsoftmax.estimator import SoftmaxRegression, SoftmaxRegressionCV
 
 pytestmark = [
     pytest.mark.single,
@@ -27,6 +31,7 @@ pytestmark = [
     ),
 ]
 
+WIDTH, FOLDS, PENALTIES = 20, 5, 10
 SOLVERS = {"newton-cg": "auto", "lbfgs": "lbfgs"}
 
 
@@ -85,6 +90,108 @@ class Adapter(SoftmaxRegression):
         return self
 
 
+class AdapterCV(SoftmaxRegressionCV):
+    """`SoftmaxRegressionCV` with the signature of their class and the shapes of its attributes."""
+
+    C_: Any
+    l1_ratio_: Any
+    scores_: Any
+    coefs_paths_: Any
+    n_iter_: Any
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        name: constraint
+        for name, constraint in SoftmaxRegressionCV._parameter_constraints.items()
+        if name not in ("solver", "one_standard_error")
+    }
+
+    def __init__(
+        self,
+        *,
+        Cs: Any = 10,
+        l1_ratios: Any = None,
+        fit_intercept: bool = True,
+        cv: Any = None,
+        scoring: Any = "accuracy",
+        solver: str = "lbfgs",
+        tol: float = 1e-4,
+        max_iter: int = 100,
+        class_weight: Any = None,
+        refit: bool = True,
+        verbose: int = 0,
+        random_state: Any = None,
+        use_legacy_attributes: bool = True,
+    ) -> None:
+        super().__init__(
+            Cs=Cs,
+            fit_intercept=fit_intercept,
+            cv=cv,
+            scoring=scoring,
+            solver=solver,
+            tol=tol,
+            max_iter=max_iter,
+            class_weight=class_weight,
+            refit=refit,
+            verbose=verbose,
+        )
+        self.l1_ratios = l1_ratios
+        self.random_state = random_state
+        self.use_legacy_attributes = use_legacy_attributes
+
+    def fit(
+        self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None
+    ) -> "SoftmaxRegressionCV":
+        given = self.solver, self.tol
+        # The solvers agree, as other tests show: here one spares the compilation of the other.
+        self.solver, self.tol = "auto", min(self.tol, 1e-6)
+        try:
+            super().fit(X, y, sample_weight, groups)
+        finally:
+            self.solver, self.tol = given
+        self.l1_ratios_, self.l1_ratio_ = np.array(self.l1_ratios or [None]), 0.0
+        if self.use_legacy_attributes:
+            self._shape_as_before()
+        else:
+            for name in ("scores_", "coefs_paths_", "n_iter_"):
+                setattr(self, name, getattr(self, name)[:, None])
+        return self
+
+    def _grid(self, examples: Any, masks: Any, l2s: Any) -> Any:
+        folds, penalties = len(masks), l2s.shape[1]
+        width = examples.X.shape[1]
+        again = np.minimum(np.arange(FOLDS), folds - 1)
+        grid = super()._grid(
+            examples._replace(X=widened(examples.X)),
+            masks[again],
+            np.pad(l2s[[*again, -1]], [(0, 0), (0, PENALTIES - penalties)], "edge"),
+        )
+        fits = jax.tree.map(lambda v: v[[*range(folds), -1], :penalties], grid.fits)
+        params = fits.params._replace(weights=fits.params.weights[..., :width])
+        scores = (values[:folds, :penalties] for values in grid[1:])
+        return type(grid)(fits._replace(params=params), *scores)
+
+    def _shape_as_before(self) -> None:
+        rows = self.classes_[-len(self.coef_) :]
+        with_ratios: Any = slice(None) if self.l1_ratios is None else (..., None)
+        paths = self.coefs_paths_ if self.l1_ratios is None else self.coefs_paths_[:, :, None]
+        self.coefs_paths_ = dict(zip(rows, np.moveaxis(paths, -2, 0), strict=True))
+        self.scores_ = dict.fromkeys(rows, self.scores_[with_ratios])
+        self.n_iter_ = self.n_iter_[with_ratios][None]
+        self.C_, self.l1_ratio_ = np.full(len(rows), self.C_), np.zeros(len(rows))
+
+
+def widened(values: Any) -> Any:
+    """With columns of zeros up to `WIDTH`."""
+    return np.pad(values, [(0, 0), (0, max(WIDTH - values.shape[1], 0))])
+
+
+def fit_widened(features: Any, labels: Any, *, init: Any, **options: Any) -> Any:
+    start = init._replace(weights=widened(init.weights))
+    result = fit(widened(features), labels, init=start, **options)
+    weights = result.params.weights[:, : features.shape[1]]
+    return result._replace(params=result.params._replace(weights=weights))
+
+
 def dense(X: Any, dtype: Any = None) -> NDArray[Any]:
     return np.asarray(X, dtype)
 
@@ -93,6 +200,10 @@ SEED: dict[str, list[Any]] = {"global_random_seed": [42]}
 CONTAINER: dict[str, list[Any]] = {"csr_container": [dense]}
 NEWTON: dict[str, list[Any]] = {"solver": ["newton-cg"]}
 INTERCEPT: dict[str, list[Any]] = {"fit_intercept": [False, True]}
+CLASS_WEIGHTS: dict[str, list[Any]] = {
+    "weight": [{0: 0.1, 1: 0.2, 2: 0.5}],
+    "class_weight": ["weight", "balanced"],
+}
 RUN: dict[str, dict[str, list[Any]]] = {
     "test_predict_2_classes": CONTAINER,
     "test_predict_3_classes": CONTAINER,
@@ -104,7 +215,7 @@ RUN: dict[str, dict[str, list[Any]]] = {
     "test_logistic_regression_solvers": SEED,
     "test_logistic_regression_solvers_multiclass": {"fit_intercept": [True]},
     "test_logistic_regression_solvers_multiclass_unpenalized": {"fit_intercept": [True]} | SEED,
-    "test_logistic_regression_sample_weights": {"problem": ["single"]} | NEWTON | SEED,
+    "test_logistic_regression_sample_weights": {"problem": ["single", "cv"]} | NEWTON | SEED,
     "test_logistic_regression_solver_class_weights": NEWTON | SEED,
     "test_logistic_regression_class_weights": CONTAINER | SEED,
     "test_liblinear_decision_function_zero": SEED,
@@ -125,39 +236,48 @@ RUN: dict[str, dict[str, list[Any]]] = {
         "class_weight": [{0: 1.0, 1: 10.0, 2: 1.0}, "balanced"],
     },
     "test_single_feature_newton_cg": {},
+    "test_logistic_cv": {"use_legacy_attributes": [True, False]} | SEED,
+    "test_logistic_cv_refit_false_non_elasticnet": SEED,
+    "test_logistic_cv_mock_scorer": {},
+    "test_multinomial_cv_iris": {"use_legacy_attributes": [True, False]},
+    "test_logistic_cv_folds_with_classes_missing": {
+        "enable_metadata_routing": [False, True],
+        "n_classes": [2, 3],
+    },
+    "test_logistic_regressioncv_class_weights": CLASS_WEIGHTS | SEED,
+    "test_logistic_regression_cv_refit": {"l1_ratio": [0]} | SEED,
+    "test_LogisticRegressionCV_no_refit": {"l1_ratios": [(0,)], "n_classes": [2, 3]},
+    "test_lr_cv_scores_without_enabling_metadata_routing": {},
     # As of their L-BFGS it asks of it no more than 0 iterations: the bias is already fitted then.
     "test_zero_max_iter": {"solver": ["lbfgs"]},
 }
 
 LEFT_OUT = {
-    "of LogisticRegressionCV": """
-        logistic_cv logistic_cv_refit_false_non_elasticnet logistic_cv_mock_scorer
-        logistic_cv_multinomial_score multinomial_cv_iris logistic_cv_folds_with_classes_missing
-        logistic_cv_sparse logistic_regressioncv_class_weights logistic_regression_cv_refit
-        LogisticRegressionCV_GridSearchCV_elastic_net LogisticRegressionCV_no_refit
-        LogisticRegressionCV_elasticnet_attribute_shapes scores_attribute_layout_elasticnet
+    "of the routing of metadata: weights go to every scorer that takes them": """
         lr_cv_scores_differ_when_sample_weight_is_requested
-        lr_cv_scores_without_enabling_metadata_routing
-        passing_params_without_enabling_metadata_routing lr_scoring_warns get_default_scorer
-        logisticregressioncv_warns_with_use_legacy_attributes""",
+        passing_params_without_enabling_metadata_routing""",
     "of the L1 penalty or the elastic net": """
         elasticnet_l1_ratio_err_helpful logreg_l1 saga_vs_liblinear elastic_net_coeffs
         elastic_net_l1_l2_equivalence elastic_net_vs_l1_l2 l1_ratio_non_elasticnet
         LogisticRegression_elastic_net_objective elastic_net_versus_sgd liblinear_not_stuck
-        sample_and_class_weight_equivalence_liblinear""",
+        sample_and_class_weight_equivalence_liblinear
+        LogisticRegressionCV_GridSearchCV_elastic_net
+        LogisticRegressionCV_elasticnet_attribute_shapes scores_attribute_layout_elasticnet""",
     "of what one of their solvers cannot do": """
         check_solver_option liblinear_dual_random_state liblinear_with_large_values
         liblinear_multiclass_raises newton_cholesky_fallback_to_lbfgs""",
     "of their private functions": """
         consistency_path logistic_regression_path_convergence_fail
-        logistic_regression_path_coefs_multinomial logistic_regression_path_init_coefs""",
-    "of parameters that are going away": """
+        logistic_regression_path_coefs_multinomial logistic_regression_path_init_coefs
+        logistic_cv_multinomial_score""",
+    "of parameters and defaults that are going away": """
+        lr_scoring_warns get_default_scorer logisticregressioncv_warns_with_use_legacy_attributes
         penalty_none penalty_deprecated l1_ratio_None_deprecated lr_penalty_l1ratio_incompatible
         logisticregression_warns_with_n_jobs""",
     "of two calls of one iteration as one of two: ours adapts its precision within a call": (
         "warm_start_newton_solver"
     ),
-    "of sparse features and coefficients": "sparsify large_sparse_matrix",
+    "of sparse features and coefficients": "sparsify large_sparse_matrix logistic_cv_sparse",
     "of array-API dispatch: every array is taken, and what comes out is NumPy's": """
         logistic_regression_array_api_compliance logistic_regression_array_api_warm_start""",
     "of callbacks in each iteration: ours run in one compiled program": """
@@ -173,14 +293,14 @@ CASES = [
 
 
 @pytest.fixture
-def theirs(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Iterator[Any]:
+def theirs(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Any:
     pytestconfig.addinivalue_line("markers", "thread_unsafe: a marker of scikit-learn's tests")
     import sklearn.linear_model.tests.test_logistic as module
 
     monkeypatch.setattr(module, "LogisticRegression", Adapter)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of LogisticRegressionCV, beside ours
-        yield module
+    monkeypatch.setattr(module, "LogisticRegressionCV", AdapterCV)
+    monkeypatch.setattr(estimator, "fit", fit_widened)
+    return module
 
 
 @pytest.mark.parametrize(("name", "arguments"), CASES)
