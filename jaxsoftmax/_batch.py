@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
+from jaxsoftmax._coordinates import varied
 from jaxsoftmax._execution import ALONE, Lanes
 from jaxsoftmax._frame import Frame, frame
 from jaxsoftmax._newton import Newton, newton_cg
@@ -99,13 +100,16 @@ def _path(
     *,
     fit_bias: bool,
     lanes: Lanes = ALONE,
+    columns: Array | None = None,
 ) -> Fit:
     """Fits for each of the penalties. Parameters are nearly linear in log(l2)."""
     shape, l2s = problem.l2.shape, problem.l2.ravel()
 
     def newton(l2: Array) -> Newton:
         of = problem._replace(l2=l2)
-        return Newton.of(of, shared, init.bias.size, fit_bias=fit_bias, lanes=lanes)
+        return Newton.of(
+            of, shared, init.bias.size, fit_bias=fit_bias, lanes=lanes, columns=columns
+        )
 
     def step(
         carry: tuple[State, Array, Array, Array], l2: Array
@@ -121,7 +125,7 @@ def _path(
         return (end, table, log - log_before, log), here.fit(end)
 
     first = newton(l2s[0])
-    start = first.start(first.table_of(init), max_iter)
+    start = first.start(first.free(first.table_of(init)), max_iter)
     unknown = jnp.full_like(l2s[0], jnp.nan)
     order = jnp.argsort(-l2s)
     fits: Fit
@@ -135,18 +139,25 @@ def _side_by_side(
 ) -> Fit:
     """Fits in groups as large as memory and cache allow; the last group is filled up."""
     of = flags[0]
-    arguments = problem, init, tol, max_iter
+    examples, width = problem.features.shape
+    # A column may vary, and yet not in each of the problems.
+    columns = None
+    if of.share and width <= examples:
+        columns = lax.map(
+            lambda share: varied(problem._replace(share=share), centre=fit_bias), problem.share
+        )
+    arguments = problem, init, tol, max_iter, columns
+    flags = *flags, None if columns is None else True
     leaves, tree = jax.tree.flatten(arguments)
     own = jax.tree.leaves(flags)
     count = next(len(value) for value, is_own in zip(leaves, own, strict=True) if is_own)
     alike = not (of.labels or of.offset)
-    examples, width = problem.features.shape
     classes = init.bias.shape[-1]
     least = max(classes * examples / _LOGITS, 0 if alike else 4 * classes * width**2 / _BYTES)
     chunks = max(math.ceil(count / _MOST), math.ceil(count * least))
     size = -(-count // chunks)
     if size == 1:
-        return _one_by_one(solver(fit_bias=fit_bias), flags, arguments)
+        return _one_by_one(solver(fit_bias=fit_bias), flags[:4], arguments[:4])
 
     share = problem.share
     if of.share:  # a problem that has no weights is no reason for the others to have none
@@ -155,8 +166,11 @@ def _side_by_side(
     reference = problem._replace(share=share)
     shared = frame(reference, classes, fit_bias=fit_bias, sharing=lanes.sharing)
 
-    def lane(problem: Problem, init: Params, tol: Array, max_iter: Array) -> Fit:
-        return _path(problem, shared, init, tol, max_iter, fit_bias=fit_bias, lanes=lanes)
+    def lane(
+        problem: Problem, init: Params, tol: Array, max_iter: Array, columns: Array | None
+    ) -> Fit:
+        how = tol, max_iter
+        return _path(problem, shared, init, *how, fit_bias=fit_bias, lanes=lanes, columns=columns)
 
     axes = jax.tree.map(lambda is_own: 0 if is_own else None, flags)
     solve = jax.vmap(lane, axes, axis_name=_AXIS)

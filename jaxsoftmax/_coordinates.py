@@ -140,6 +140,19 @@ def view(problem: Problem, *, centre: bool) -> View:
     return View(problem, mean, jnp.where(spread, 1 / jnp.where(spread, scale, 1), 0))
 
 
+def varied(problem: Problem, *, centre: bool) -> Array:
+    """Which columns differ between examples that count; without `centre`, from 0."""
+    counts = jnp.argmax(lax.optimization_barrier(problem.share))
+    one = jnp.where(centre, problem.features[counts], 0)
+
+    def differences(rows: Problem) -> Array:
+        apart = rows.features != one
+        return jnp.sum((apart & (rows.share > 0)[:, None]).astype(problem.share.dtype), 0)
+
+    width = problem.features.shape[1]
+    return sum_over_rows(differences, problem, max(_BLOCK // max(width, 1), 1)) > 0
+
+
 def standard_columns(of: View, dtype: DTypeLike) -> Array:
     """A copy of the features in these coordinates, in `dtype`."""
     features = of.problem.features.astype(of.mean.dtype)
@@ -166,8 +179,11 @@ def standard(of: View, columns: Array) -> Standard:
     )
 
 
-def projection(problem: Problem, classes: int, *, fit_bias: bool) -> Callable[[Array], Array]:
-    """Of a table, the part that can vary: with sum 0 over the present classes.
+def projection(
+    problem: Problem, classes: int, *, fit_bias: bool, columns: Array | None = None
+) -> Callable[[Array], Array]:
+    """Of a table, the part that can vary: with sum 0 over the present classes, and 0 in others than
+    the `columns`.
 
     Adding one vector to all classes changes no probability, and 0 over absent classes is theirs.
     """
@@ -175,6 +191,8 @@ def projection(problem: Problem, classes: int, *, fit_bias: bool) -> Callable[[A
 
     def project(table: Array) -> Array:
         table = sum_zero(table, present)
+        if columns is not None:
+            table = jnp.where(jnp.append(columns, True), table, 0)
         return table if fit_bias else table.at[:, -1].set(0)
 
     return project

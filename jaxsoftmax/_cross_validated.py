@@ -99,7 +99,7 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
       >>> model.C_
       100.0
       >>> print(model.scores_.mean(0).round(2))
-      [-0.59 -0.15 -0.06 -0.12]
+      [-0.64 -0.14 -0.06 -0.1 ]
 
     Reference:
       Hastie, Tibshirani, Friedman (2009), The Elements of Statistical Learning, section 7.10.

@@ -116,8 +116,9 @@ class Newton:
         *,
         fit_bias: bool,
         lanes: Lanes = ALONE,
+        columns: Array | None = None,
     ) -> "Newton":
-        """That of a problem whose features are those of `frame`."""
+        """That of a problem whose features are those of `frame`, and of the `columns` alone."""
         view = frame.view._replace(problem=problem._replace(features=frame.view.problem.features))
         fast = _coordinates.standard(view, frame.columns)
         plan = plan_of(fast.problem, classes, lanes.sharing)
@@ -130,7 +131,7 @@ class Newton:
             fast=fast,
             sample=sample,
             mean=frame.mean,
-            free=_coordinates.projection(problem, classes, fit_bias=fit_bias),
+            free=_coordinates.projection(problem, classes, fit_bias=fit_bias, columns=columns),
             ridge=jnp.append(fast.problem.l2, 0 if fit_bias else 1),
             gap_scale=certificate.gap_scale(jnp.append(jnp.sqrt(problem.l2) * view.inverse, 0)),
             penalised=problem.l2 > 0,

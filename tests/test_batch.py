@@ -159,6 +159,31 @@ def test_problems_that_lack_a_class_keep_its_place() -> None:
         same(entry(fits, k), small_fit(features, labels, sample_weight=without[k]))
 
 
+def test_problems_with_more_columns_than_examples_equal_single_fits() -> None:
+    rng = np.random.default_rng(0)
+    features, labels = jnp.asarray(rng.normal(size=(12, 20)), WIDE), jnp.arange(12) % CLASSES
+    weight = jnp.ones((2, 12), WIDE).at[1, :4].set(0)
+
+    def fitted(weight: jax.Array) -> Fit:
+        return fit(features, labels, num_classes=CLASSES, l2=L2, sample_weight=weight, tol=TOL)
+
+    fits = jax.vmap(fitted)(weight)
+    for i in range(2):
+        same(entry(fits, i), fitted(weight[i]))
+
+
+@pytest.mark.parametrize("l2", [L2, 0.0])
+def test_a_column_that_is_constant_in_one_problem_gets_weight_0_there(l2: float) -> None:
+    features, labels = data()
+    features = features.at[:, 1].set(jnp.where(jnp.arange(EXAMPLES) < 20, 1, 0))
+    weight = jnp.ones((2, EXAMPLES), WIDE).at[1, :20].set(0)
+    fits = jax.vmap(lambda w: small_fit(features, labels, sample_weight=w, l2=l2))(weight)
+    assert fits.params.weights[0, :, 1].all()
+    assert not fits.params.weights[1, :, 1].any()
+    for i in range(2):
+        same(entry(fits, i), small_fit(features, labels, sample_weight=weight[i], l2=l2), 1e-2)
+
+
 def test_narrower_features_may_be_filled_up_with_zeros() -> None:
     """As layers of different widths are, to be fitted in one program."""
     features, labels = data()
