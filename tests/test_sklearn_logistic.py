@@ -5,8 +5,8 @@ parameters and axes that only theirs have are dropped and added, and dense array
 ones. Each of their tests is in `RUN`, or in `LEFT_OUT` under the reason.
 
 Most of the time would go into the compilation of a program for each shape. So problems get columns
-of zeros, and grids get folds and penalties once more, up to one shape for all; none of it changes
-the rest of a fit.
+of zeros and examples without weight, and grids get folds and penalties once more, up to one shape
+for all; none of it changes the rest of a fit.
 """
 
 import itertools
@@ -31,7 +31,7 @@ pytestmark = [
     ),
 ]
 
-WIDTH, FOLDS, PENALTIES = 20, 5, 10
+ROWS, WIDTH, FOLDS, PENALTIES = 1024, 20, 5, 10
 SOLVERS = {"newton-cg": "auto", "lbfgs": "lbfgs"}
 
 
@@ -161,8 +161,12 @@ class AdapterCV(SoftmaxRegressionCV):
         width = examples.X.shape[1]
         again = np.minimum(np.arange(FOLDS), folds - 1)
         grid = super()._grid(
-            examples._replace(X=widened(examples.X)),
-            masks[again],
+            examples._replace(
+                X=larger(examples.X, ROWS, WIDTH),
+                labels=larger(examples.labels, ROWS),
+                share=larger(examples.share, ROWS),
+            ),
+            larger(masks[again], FOLDS, ROWS),
             np.pad(l2s[[*again, -1]], [(0, 0), (0, PENALTIES - penalties)], "edge"),
         )
         fits = jax.tree.map(lambda v: v[[*range(folds), -1], :penalties], grid.fits)
@@ -180,14 +184,20 @@ class AdapterCV(SoftmaxRegressionCV):
         self.C_, self.l1_ratio_ = np.full(len(rows), self.C_), np.zeros(len(rows))
 
 
-def widened(values: Any) -> Any:
-    """With columns of zeros up to `WIDTH`."""
-    return np.pad(values, [(0, 0), (0, max(WIDTH - values.shape[1], 0))])
+def larger(values: Any, *shape: int) -> Any:
+    """With zeros up to a shape, as far as it is the larger."""
+    sizes = zip(values.shape, shape, strict=True)
+    return np.pad(values, [(0, max(least - size, 0)) for size, least in sizes])
 
 
-def fit_widened(features: Any, labels: Any, *, init: Any, **options: Any) -> Any:
-    start = init._replace(weights=widened(init.weights))
-    result = fit(widened(features), labels, init=start, **options)
+def fit_larger(features: Any, labels: Any, *, sample_weight: Any, init: Any, **options: Any) -> Any:
+    result = fit(
+        larger(features, ROWS, WIDTH),
+        larger(labels, ROWS),
+        sample_weight=larger(sample_weight, ROWS),
+        init=init._replace(weights=larger(init.weights, 0, WIDTH)),
+        **options,
+    )
     weights = result.params.weights[:, : features.shape[1]]
     return result._replace(params=result.params._replace(weights=weights))
 
@@ -299,7 +309,7 @@ def theirs(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Any:
 
     monkeypatch.setattr(module, "LogisticRegression", Adapter)
     monkeypatch.setattr(module, "LogisticRegressionCV", AdapterCV)
-    monkeypatch.setattr(estimator, "fit", fit_widened)
+    monkeypatch.setattr(estimator, "fit", fit_larger)
     return module
 
 
