@@ -307,12 +307,12 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
             size = np.abs(X).max(0)
             scales = size * (X / np.where(size > 0, size, 1)).std(0)  # lest the squares overflow
             least, most = scales[scales > 0].min(initial=np.inf), scales.max()
-            words = [
-                f"The scales of the columns go from {least:.1e} to {most:.1e}, a ratio of "
-                f"{most / least:.1e}."
-            ]
+            ratio = most / least
             right = (X @ fit.params.weights.T + fit.params.bias).argmax(1) == labels
-        if most / least > _SCALE_RATIO or most > _SCALE_RATIO:
+        words = [
+            f"The scales of the columns go from {least:.1e} to {most:.1e}, a ratio of {ratio:.1e}."
+        ]
+        if max(ratio, most) > _SCALE_RATIO:
             words.append(
                 "Standardise the columns, for example by sklearn.preprocessing.StandardScaler."
             )
