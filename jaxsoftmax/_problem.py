@@ -56,7 +56,8 @@ def make_problem(
     if labels.ndim == 2:
         valid = _checks.are_probabilities(labels)
     elif num_classes is not None:
-        valid = (labels >= 0) & (labels.astype(jnp.int32) < num_classes)
+        most = min(num_classes - 1, jnp.iinfo(labels.dtype).max)  # which the dtype can hold
+        valid = (labels >= 0) & (labels <= most)
     else:
         valid = share != 0
     share = jnp.where(valid | (share == 0), share, jnp.nan)

@@ -292,8 +292,11 @@ def _scores(params: Params, problem: Problem) -> _Scores:
         losses = cross_entropy(logits, rows.labels, axis=0)
         scores = _Scores(
             log_loss=losses,
-            known_log_loss=jnp.where(losses < jnp.inf, losses, 0),
-            accuracy=(jnp.argmax(logits, 0) == own).astype(p.dtype),
+            known_log_loss=jnp.where(losses == jnp.inf, 0, losses),
+            # The largest of NaN is the first, which is no answer.
+            accuracy=jnp.where(
+                jnp.isnan(losses), losses, (jnp.argmax(logits, 0) == own).astype(p.dtype)
+            ),
             brier=jnp.sum((p - targets) ** 2, 0),
         )
         return jax.tree.map(
@@ -304,10 +307,11 @@ def _scores(params: Params, problem: Problem) -> _Scores:
 
 
 def _chosen(losses: Float[Array, "folds penalties"], l2s: Array) -> tuple[Array, Array]:
-    """The penalty of the least mean, and the largest one within one standard error of it."""
+    """The penalty of the least mean, and the largest one within one standard error of it; not one
+    whose fits diverged."""
     count = len(losses)
     mean = jnp.mean(losses, 0)
     variance = jnp.sum((losses - mean) ** 2, 0) / max(count - 1, 1)
-    best = jnp.argmin(mean)
+    best = jnp.argmin(jnp.where(jnp.isnan(mean), jnp.inf, mean))
     within = mean <= mean[best] + jnp.sqrt(variance[best] / count)
     return best, jnp.argmax(jnp.where(within, l2s, -1))

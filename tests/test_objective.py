@@ -78,6 +78,14 @@ def test_labels_of_a_narrow_dtype_name_any_class() -> None:
     np.testing.assert_array_equal(np.flatnonzero(data.classes), [3, 200])
 
 
+@pytest.mark.usefixtures("no_debug_nans")
+def test_a_label_too_large_for_32_bits_is_not_wrapped_into_a_class() -> None:
+    largest = jnp.iinfo(jnp.asarray(0).dtype).max
+    labels = jnp.array([0, largest - largest % 2**32 + 1 if largest >= 2**32 else largest])
+    data = make_problem(jnp.ones((2, 1)), labels, l2=jnp.asarray(L2), num_classes=3)
+    assert jnp.isnan(data.share).all()
+
+
 @pytest.mark.single
 def test_examples_of_weight_zero_are_dropped_though_their_loss_is_infinite() -> None:
     features, labels = jnp.ones((3, 2)), jnp.array([0, 1, 2])

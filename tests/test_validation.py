@@ -173,6 +173,20 @@ def test_the_one_standard_error_rule() -> None:
     assert _chosen(losses[:1], jnp.array([4.0, 3.0, 2.0, 1.0]))[1] == 2  # one fold has no error
 
 
+@pytest.mark.single
+@pytest.mark.usefixtures("no_debug_nans")
+def test_a_penalty_that_is_invalid_is_not_chosen_and_has_no_score() -> None:
+    features, labels = data()
+    l2s = jnp.asarray([-1.0, 0.3, 1e-2, jnp.nan], WIDE)
+    result = jax.jit(lambda l2s: small_cv(features, labels, l2s=l2s))(l2s)
+    for name in ("log_loss", "accuracy", "brier"):
+        scores = getattr(result, name)
+        assert jnp.isnan(scores[:, [0, 3]]).all()
+        assert jnp.isfinite(scores[:, 1:3]).all()
+    assert int(result.best) in (1, 2)
+    assert int(result.one_standard_error) in (1, 2)
+
+
 def test_many_divisions_into_folds_in_one_program() -> None:
     features, labels = data()
     keys = jax.random.split(jax.random.key(0), 2)
