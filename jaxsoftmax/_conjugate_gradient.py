@@ -9,6 +9,8 @@ from jax.typing import DTypeLike
 
 from jaxsoftmax._execution import ALONE, Lanes
 
+Product = Callable[[Array, Array], Array]  # with H, of a vector; needed where the flag is set
+
 _Value = TypeVar("_Value")
 
 
@@ -41,7 +43,7 @@ class Progress(NamedTuple):
 
 
 def conjugate_gradient(
-    product: Callable[[Array], Array],
+    product: Product,
     precondition: Callable[[Array], Array],
     b: Array,
     proceed: Callable[[Progress], Array],
@@ -55,7 +57,7 @@ def conjugate_gradient(
     """
 
     def step(at: Progress) -> Progress:
-        image = product(at.direction)
+        image = product(at.direction, at.running)
         curvature = jnp.sum(at.direction * image)
         curved = (curvature > 0) & (curvature < jnp.inf)
         alpha = at.squared / jnp.where(curved, curvature, 1)

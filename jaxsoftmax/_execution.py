@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Value = TypeVar("_Value")
+_Result = TypeVar("_Result")
 
 
 def precise(f: _Function) -> _Function:
@@ -81,6 +82,23 @@ class Lanes(NamedTuple):
         if self.axis_name is None:
             return new
         result: _Value = jax.tree.map(partial(jnp.where, running), new, old)
+        return result
+
+    def of_running(self, f: Callable[[_Value], _Result], running: Array, own: _Value) -> _Result:
+        """f(own), to be used where a problem is `running`. The last that runs pays for itself
+        alone."""
+        if self.axis_name is None:
+            return f(own)
+
+        def gathered(value: Array) -> Array:
+            return lax.all_gather(value, self.axis_name)
+
+        def of_last() -> _Result:
+            last = jnp.argmax(run)
+            return f(jax.tree.map(lambda value: gathered(value)[last], own))
+
+        run = gathered(running)
+        result: _Result = lax.cond(jnp.sum(run) == 1, of_last, lambda: f(own))
         return result
 
 

@@ -43,7 +43,7 @@ def solve_hessian(params: Params, problem: Problem, right: Params, *, fit_bias: 
         return (cg.squared > accuracy**2 * cg.first) & (cg.steps < _STEPS)
 
     def solve(_: object, b: Array) -> Array:
-        return free(conjugate_gradient(product, precondition, b, proceed).x)
+        return free(conjugate_gradient(lambda table, _: product(table), precondition, b, proceed).x)
 
     table = lax.custom_linear_solve(product, free(view.table(right)), solve, symmetric=True)
     return view.params(table)

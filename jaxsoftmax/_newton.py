@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from jaxsoftmax import _coordinates, _preconditioner, certificate
 from jaxsoftmax._conjugate_gradient import (
+    Product,
     Progress,
     conjugate_gradient,
     empty_memory,
@@ -227,17 +228,26 @@ class Newton:
         gradient = self.free(slope)
         return Point(table, value, gradient, certificate.weights_gap(gradient, self.gap_scale))
 
-    def hessian(self, state: State, at: Curvature, thin: Array) -> Callable[[Array], Array]:
+    def hessian(self, state: State, at: Curvature, thin: Array) -> Product:
         """Products with the Hessian, that of the sample if `thin`."""
 
-        def product_of(here: Curvature) -> Callable[[Array], Array]:
-            def product(table: Array) -> Array:
-                image = here.product(self.fast.params(table.astype(FAST)))
-                return self.fast.table(image).astype(self.wide)
+        def product_of(here: Curvature) -> Product:
+            features = here.problem.features
+
+            def image(own: tuple[Curvature, Array]) -> Array:
+                at, table = own
+                at = at._replace(problem=at.problem._replace(features=features))
+                return self.fast.table(at.product(self.fast.params(table)))
+
+            def product(table: Array, running: Array) -> Array:
+                # All but the features, which the problems have in common.
+                own = here._replace(problem=here.problem._replace(features=features[:0]))
+                table = table.astype(FAST)
+                return self.lanes.of_running(image, running, (own, table)).astype(self.wide)
 
             return product
 
-        def exact_product(table: Array) -> Array:
+        def exact_product(table: Array, _: Array) -> Array:
             of = self.exact
             here = curvature(of.params(state.at.table), of.problem)
             return of.table(here.product(of.params(table)))

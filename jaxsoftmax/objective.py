@@ -14,7 +14,6 @@ Values and derivatives of the loss stand only here.
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -93,64 +92,69 @@ def value_and_gradient(params: Params, problem: Problem) -> tuple[Float[Array, "
 class Curvature(NamedTuple):
     r"""The Hessian of the objective at a point.
 
-    `product` gives its product with a vector, for the change dz = V x of the logits
-
-    .. math:: H V = \sum_i c_i\, (\mathrm{diag}(p_i) - p_i p_i^T)\, V x_i x_i^T + \lambda V.
-
-    `spread` gives c_i p_ik (1 - p_ik), the factor of x_i x_i^T in the Hessian's diagonal blocks,
-    with shape (classes, examples); where the logits are too many to be kept, the mean of it over
-    the classes, with shape (1, examples).
+    `probabilities` (classes, examples) are those of the point, if they are not too many to be kept.
     """
 
-    product: Callable[[Params], Params]
-    spread: Callable[[], Array]
+    params: Params
+    problem: Problem
+    probabilities: Array | None
+
+    def product(self, v: Params) -> Params:
+        r"""That with a vector, for the change dz = V x of the logits
+
+        .. math:: H V = \sum_i c_i\, (\mathrm{diag}(p_i) - p_i p_i^T)\, V x_i x_i^T + \lambda V.
+        """
+
+        def of(rows: Problem, p: Array) -> Params:
+            dz = _linear(v, rows.features)
+            # Twice, as in softmax's own derivative: the second restores what the first one rounded.
+            for _ in range(2):
+                dz -= _sum_over_classes(p, dz)
+            u = rows.share * (p * dz)
+            return Params(u @ rows.features.astype(u.dtype), jnp.sum(u, 1))
+
+        problem, p = self.problem, self.probabilities
+        if p is None:
+            size = _block_size(self.params, problem)
+            data = sum_over_rows(
+                lambda rows: of(rows, _probabilities(self.params, rows)), problem, size
+            )
+        else:
+            data = of(problem, p)
+        return data._replace(weights=data.weights + problem.l2 * v.weights)
+
+    def spread(self) -> Array:
+        """c_i p_ik (1 - p_ik), the factor of x_i x_i^T in the Hessian's diagonal blocks, with shape
+        (classes, examples); where the logits are too many to be kept, the mean of it over the
+        classes, with shape (1, examples)."""
+        problem, p = self.problem, self.probabilities
+        if p is not None:
+            return problem.share * p * (1 - p)
+
+        def block(rows: Problem) -> Array:
+            p = _probabilities(self.params, rows)
+            return rows.share * jnp.mean(p * (1 - p), 0)
+
+        return map_rows(block, problem, _block_size(self.params, problem))[None]
 
 
 def curvature(params: Params, problem: Problem, wanted: Array | None = None) -> Curvature:
-    """The Hessian at `params`. The probabilities are kept if there are not too many of them.
+    """The Hessian at `params`. Where not `wanted`, it costs little and means nothing."""
+    if in_blocks(params.bias.size, problem):
+        return Curvature(params, problem, None)
+    return Curvature(params, problem, _probabilities(params, problem, wanted))
 
-    Where not `wanted`, it costs little and means nothing.
-    """
-    size = _block_size(params, problem)
 
-    def logits(rows: Problem) -> Array:
-        if wanted is None:
-            return _logits(params, rows)
-        nothing = jnp.zeros((params.bias.size, len(rows.share)), params.bias.dtype)
-        return lax.cond(wanted, lambda: _logits(params, rows), lambda: nothing)
+def _probabilities(params: Params, problem: Problem, wanted: Array | None = None) -> Array:
+    def logits() -> Array:
+        return _logits(params, problem)
 
-    def probabilities(rows: Problem) -> Array:
-        return softmax(logits(rows), 0, where=_column(rows.classes))
-
-    def weighted(rows: Problem, p: Array, v: Params) -> Params:
-        dz = _linear(v, rows.features)
-        # Twice, as in softmax's own derivative: the second restores what the first one rounded.
-        for _ in range(2):
-            dz -= _sum_over_classes(p, dz)
-        u = rows.share * (p * dz)
-        return Params(u @ rows.features.astype(u.dtype), jnp.sum(u, 1))
-
-    def with_penalty(data_term: Params, v: Params) -> Params:
-        return data_term._replace(weights=data_term.weights + problem.l2 * v.weights)
-
-    if size >= problem.features.shape[0]:
-        p = probabilities(problem)
-        return Curvature(
-            product=lambda v: with_penalty(weighted(problem, p, v), v),
-            spread=lambda: problem.share * p * (1 - p),
-        )
-
-    def product(v: Params) -> Params:
-        def block(rows: Problem) -> Params:
-            return weighted(rows, probabilities(rows), v)
-
-        return with_penalty(sum_over_rows(block, problem, size), v)
-
-    def block_spread(rows: Problem) -> Array:
-        p = probabilities(rows)
-        return rows.share * jnp.mean(p * (1 - p), 0)
-
-    return Curvature(product, lambda: map_rows(block_spread, problem, size)[None])
+    if wanted is None:
+        z = logits()
+    else:
+        nothing = jnp.zeros((params.bias.size, len(problem.share)), params.bias.dtype)
+        z = lax.cond(wanted, logits, lambda: nothing)
+    return softmax(z, 0, where=_column(problem.classes))
 
 
 def _sum_over_classes(p: Array, values: Array) -> Array:

@@ -183,12 +183,12 @@ def test_conjugate_gradients_solve_a_system_and_its_decrement() -> None:
     def proceed(at: Progress) -> jax.Array:
         return (at.squared > eps(WIDE) ** 2 * at.first) & (at.steps < 20)
 
-    found = conjugate_gradient(lambda v: matrix @ v, lambda v: v / jnp.diag(matrix), b, proceed)
+    found = conjugate_gradient(lambda v, _: matrix @ v, lambda v: v / jnp.diag(matrix), b, proceed)
     expected = jnp.linalg.solve(matrix, b)
     close(found.x, expected, 1e4)
     close(found.decrement, b @ expected, 1e4)
     memory = empty_memory(2, b, WIDE)
-    broken = conjugate_gradient(lambda v: -v, lambda v: v, b, proceed, memory)
+    broken = conjugate_gradient(lambda v, _: -v, lambda v: v, b, proceed, memory)
     assert broken.broken
     assert not broken.x.any()
     assert broken.memory is not None
@@ -203,7 +203,7 @@ def test_remembered_directions_make_the_preconditioner_exact_along_them() -> Non
     memory = empty_memory(3, b, WIDE)
     close(informed(lambda v: 2 * v, memory)(b), 2 * b)
     found = conjugate_gradient(
-        lambda v: matrix @ v, lambda v: v, b, lambda at: at.steps < 5, memory
+        lambda v, _: matrix @ v, lambda v: v, b, lambda at: at.steps < 5, memory
     ).memory
     assert found is not None
     directions, images = found
