@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.class_weight import compute_class_weight
@@ -18,17 +17,22 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from jaxsoftmax import _persistence
+from jaxsoftmax._conversions import (
+    Numbers,
+    check_present,
+    double,
+    float_dtypes,
+    padded,
+    scikit_learns,
+)
 from jaxsoftmax._execution import precise
 from jaxsoftmax.functional import log_softmax, softmax
 from jaxsoftmax.objective import Params, linear_logits
 from jaxsoftmax.separation import diverging_weights
 from jaxsoftmax.solvers import Fit, Status
 
-Numbers = NDArray[Any]
 _Model = TypeVar("_Model", bound="SoftmaxClassifier")
 
-# The most features that are copied for the sake of a common shape.
-_PADDED = 2**22
 # Scales of columns above this, or that differ by more, are worth a word in a warning.
 _SCALE_RATIO = 1e3
 
@@ -192,7 +196,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
 
     def _examples(self, X: Any, y: Any, *, reset: bool) -> tuple[Numbers, Numbers]:
         """Features as float32 or float64, as scikit-learn would convert them, and labels."""
-        _check_present(y)
+        check_present(y)
         X, y = self._checked(X, y=y, reset=reset)
         check_classification_targets(y)
         return X, y
@@ -203,6 +207,8 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         self.classes_ = np.unique(y)
         labels = self._encoded(y)
         weight = self._weights(sample_weight, self.class_weight, X, y)
+        if not weight.any():
+            raise ValueError(f"class_weight leaves no example a weight: {self.class_weight}")
         share = (weight / weight.max()).astype(X.dtype)
         present = self.classes_[np.bincount(labels, share, len(self.classes_)) > 0]
         if len(present) < 2:
@@ -224,7 +230,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         if not isinstance(getattr(X, "dtype", np.dtype(float)), np.dtype):
             X = np.asarray(X)  # of a library with dtypes of its own, such as torch
         checked = validate_data(
-            self, X, **labels, reset=reset, dtype=_float_dtypes(X), ensure_all_finite=False
+            self, X, **labels, reset=reset, dtype=float_dtypes(X), ensure_all_finite=False
         )
         self._check_finite(checked[0] if labels else checked)
         return checked
@@ -263,7 +269,9 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
     def _weights(self, sample_weight: Any, class_weight: Any, X: Numbers, y: Numbers) -> Numbers:
         """Weights of the examples in float64, those of their classes included."""
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        if class_weight is not None and weight.any():
+        if not weight.any():
+            raise ValueError("Sample weights must contain at least one non-zero number.")
+        if class_weight is not None:
             # An example of weight 0 is no example: it does not count as one of its class.
             counted = weight > 0 if class_weight == "balanced" else np.ones(len(y), bool)
             classes = np.unique(y[counted]) if class_weight == "balanced" else self.classes_
@@ -274,8 +282,6 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
                 raise ValueError(f"class_weight must not be negative, got {class_weight}")
             weight = weight.copy()
             weight[counted] *= per_class[np.searchsorted(classes, y[counted])]
-        if not weight.any():
-            raise ValueError("Sample weights must contain at least one non-zero number.")
         return weight
 
     def _model(self) -> Params:
@@ -345,50 +351,6 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         return " ".join(words)
 
 
-def scikit_learns(params: Params) -> Params:
-    """Parameters in scikit-learn's shapes: of two classes, the one row that is their difference."""
-    weights: Any
-    bias: Any
-    weights, bias = (np.array(value) for value in params)
-    if bias.shape[-1] == 2:
-        weights, bias = weights[..., 1:, :] - weights[..., :1, :], bias[..., 1:] - bias[..., :1]
-    return Params(weights, bias)
-
-
-def penalty(C: Any, weight: Any, present: int) -> Any:
-    """The penalty of `jaxsoftmax.fit` that `C` is, for this total weight of the examples.
-
-    Of two classes, counting those that have examples, scikit-learn penalises one row.
-    """
-    return (2 if present == 2 else 1) / (C * weight)
-
-
-def solver_tol(tol: float, dtype: Any) -> float:
-    """What the solver is asked for where `tol` is to be reached: its square, where that is less."""
-    return max(min(tol, tol**2), float(np.finfo(dtype).tiny))
-
-
-def double(dtype: Any) -> Any:
-    """Context in which JAX computes in float64 if that is the dtype, whatever the user has set."""
-    return jax.enable_x64(bool(dtype == np.float64))
-
-
-def padded(features: Numbers, *others: Numbers) -> list[Numbers]:
-    """Arrays of examples with rows of zeros up to a number that others of nearly theirs share.
-
-    A program is compiled for each shape, which takes seconds where a small fit takes milliseconds:
-    so the folds of a cross-validation share one. It is a multiple of 256, for many rows one of an
-    eighth to a sixteenth of them. Large features are left as they are, lest they be copied.
-    """
-    arrays = [features, *others]
-    if features.size > _PADDED:
-        return arrays
-    rows = len(features)
-    step = max(256, 2 ** (rows.bit_length() - 4))
-    more = -rows % step
-    return [np.pad(array, [(0, more)] + [(0, 0)] * (array.ndim - 1)) for array in arrays]
-
-
 @partial(jax.jit, static_argnames="link")
 @precise
 def _linked(params: Params, features: Array, link: Callable[[Array], Array] | None) -> Array:
@@ -402,16 +364,6 @@ def _linked(params: Params, features: Array, link: Callable[[Array], Array] | No
     return link(logits)
 
 
-def _float_dtypes(X: Any) -> list[Any]:
-    """What features may be computed in, and by default the first.
-
-    scikit-learn asks arrays and pandas for their dtype, but no other frames.
-    """
-    if hasattr(X, "columns") and np.asarray(X[:1]).dtype == np.float32:
-        return [np.float32]
-    return [np.float64, np.float32]
-
-
 def _plain(name: str, value: Any) -> Any:
     """A parameter as JSON can express it."""
     value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
@@ -423,23 +375,3 @@ def _plain(name: str, value: Any) -> Any:
             "or a number first, which leaves the predictions as they are."
         ) from error
     return value
-
-
-def _check_present(y: Any) -> None:
-    """Objects that stand for a missing label; what is a number scikit-learn finds itself."""
-    labels = np.asarray(y)
-    if labels.dtype != object or labels.ndim != 1:
-        return
-    for row, label in enumerate(labels):
-        if _is_missing(label):
-            raise ValueError(
-                f"Input y contains NaN or another missing value: {label!r} in row {row}; "
-                "drop the rows without a label."
-            )
-
-
-def _is_missing(label: Any) -> bool:
-    try:
-        return label is None or bool(label != label)
-    except TypeError:  # pandas.NA has no truth value
-        return True

@@ -14,30 +14,23 @@ from sklearn.metrics import get_scorer, get_scorer_names, make_scorer
 from sklearn.model_selection import check_cv
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from jaxsoftmax._classifier import (
-    Examples,
-    Numbers,
-    SoftmaxClassifier,
-    double,
-    padded,
-    penalty,
-    scikit_learns,
-    solver_tol,
-)
+from jaxsoftmax._classifier import Examples, SoftmaxClassifier
+from jaxsoftmax._conversions import Numbers, double, padded, penalty, scikit_learns, solver_tol
+from jaxsoftmax._progress import progress_bar
 from jaxsoftmax.objective import Params
 from jaxsoftmax.regression import SOLVERS, checked
 from jaxsoftmax.solvers import Fit, Status
-from jaxsoftmax.validation import CrossValidation, validated
+from jaxsoftmax.validation import Scores, validated
 
 _TIE = 64  # units of rounding within which scores are equal
 _TICKS = 8  # of a progress bar, at most: each begins its part of the path anew
 
-# Scores of one example, from the log-probabilities (examples, classes) and its label.
-_SCORES: dict[str, Callable[[Numbers, Numbers], Numbers]] = {
-    "neg_log_loss": lambda log_p, labels: log_p[np.arange(len(labels)), labels],
-    "accuracy": lambda log_p, labels: log_p.argmax(1) == labels,
-    "neg_brier_score": lambda log_p, labels: -_brier(np.exp(log_p), labels),
-}
+
+class _Grid(NamedTuple):
+    """Fits with axes (folds + 1, Cs), the last those of all examples; scores (folds, Cs)."""
+
+    fits: Fit
+    scores: Scores
 
 
 class SoftmaxRegressionCV(SoftmaxClassifier):
@@ -53,7 +46,8 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
 
     Among equal scores the strongest penalty is chosen. A class that a fold has not seen has
     probability 0 there, so that its log-loss is infinite if it holds out an example of that class:
-    `scores_` says so, and the choice is made without such examples. NaN is the worst of scores.
+    `scores_` says so, and the choice is made without such examples. A log-loss is not clipped, as
+    that of scikit-learn's scorers is, which `score` gives. NaN is the worst of scores.
 
     The weights of the classes count in fits, not in scores; "balanced" ones are those of all
     examples, and the penalty of two classes is that of `SoftmaxRegression` in a fold that has seen
@@ -65,10 +59,10 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
       cv: number of folds, a splitter of scikit-learn, or an iterable of indices (fitted, held out).
         They may leave examples out, and hold out some more than once. None for 5 folds with equal
         shares of the classes.
-      scoring: what to choose by, as in scikit-learn: a name or `scorer(estimator, X, y)`.
-        "neg_log_loss", "accuracy" and "neg_brier_score" are computed beside the fits. Any other is
-        called for every fold and C with a fitted classifier, which is slower, with the weights of
-        the examples if it takes `sample_weight`.
+      scoring: what to choose by, as in scikit-learn: a name, `scorer(estimator, X, y)`, or None for
+        "accuracy". "neg_log_loss", "accuracy" and "neg_brier_score" are computed beside the fits.
+        Any other is called for every fold and C with a fitted classifier, which is slower, and with
+        the weights of the examples if there are some and it takes `sample_weight`.
       refit: whether the model is the fit of all examples under the chosen C. Otherwise its
         coefficients and `C_` are averages over the folds of what is the best in each.
       one_standard_error: whether to choose the smallest C whose mean score is within one standard
@@ -108,7 +102,7 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "Cs": [Interval(Integral, 1, None, closed="left"), "array-like"],
         "cv": ["cv_object"],
-        "scoring": [StrOptions(set(get_scorer_names())), callable],
+        "scoring": [StrOptions(set(get_scorer_names())), callable, None],
         "refit": ["boolean"],
         "one_standard_error": ["boolean"],
         "fit_intercept": ["boolean"],
@@ -197,19 +191,27 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
             examples.X, examples.y, groups
         )
         masks = _masks(list(splits), counts, examples.weight)
-        of_fold = np.vstack([masks == 0, np.ones(len(counts), bool)]) @ examples.weight
-        grid = self._grid(examples, masks, penalty(Cs, of_fold[:, None], examples.present))
+        fitted, held_out = np.vstack([masks == 0, np.ones(len(counts), bool)]), masks == 1
+        l2s = penalty(Cs, (fitted @ examples.weight)[:, None], examples.present)
+        grid = self._grid(
+            examples, _relative(fitted * examples.weight), _relative(held_out * counts), l2s
+        )
         fits = self._settled(grid.fits)
-        held_out = [
-            _HeldOut(
-                *(values[rows] for values in (examples.X, examples.y, examples.labels, counts))
-            )
-            for rows in (masks == 1) & (counts > 0)
-        ]
         self.Cs_ = Cs
-        self.scores_ = self._scores(grid, held_out)
+        compiled = self._compiled(grid.scores)
+        scoring = self._scoring
+        if isinstance(scoring, str) and scoring in compiled:
+            self.scores_ = compiled[scoring]
+        else:
+            weight = None if sample_weight is None else counts
+            held_out &= counts > 0
+            self.scores_ = self._by_scorer(fits, held_out, examples.X, examples.y, weight)
         self._set_grid(fits)
-        self._set_choice(fits, self._comparable(fits, held_out))
+        # A loss that no C can make finite is none to choose by.
+        known = self.scores_
+        if scoring == "neg_log_loss":
+            known = -np.asarray(grid.scores.known_log_loss, np.float64)
+        self._set_choice(fits, known)
         if self.verbose:
             print(f"{type(self).__name__}: C={self.C_:g}, {self.status_} with gap {self.gap_:.1e}")
         if (self.statuses_ != Status.CONVERGED.name).any():
@@ -234,71 +236,78 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
         weights = {} if sample_weight is None else {"sample_weight": sample_weight}
         return self._scorer()(self, X, y, **weights)
 
-    def _grid(self, examples: Examples, masks: Numbers, l2s: Numbers) -> "_Grid":
-        """Fits, and scores of the held-out examples, under penalties (folds + 1, Cs)."""
-        features, labels, weights, columns = padded(
-            examples.X, examples.labels, examples.share, masks.T
+    def _grid(self, examples: Examples, fitted: Numbers, held_out: Numbers, l2s: Numbers) -> _Grid:
+        """Fits with the weights `fitted` (folds + 1, examples) under penalties (folds + 1, Cs), and
+        their scores with the weights `held_out` (folds, examples)."""
+        dtype = examples.X.dtype
+        features, labels, *weights = padded(
+            examples.X, examples.labels, fitted.T.astype(dtype), held_out.T.astype(dtype)
         )
-        with double(examples.X.dtype):
+        with double(dtype):
             arrays, static = checked(
                 features,
                 labels,
                 num_classes=len(self.classes_),
                 l2=jnp.asarray(l2s),
-                sample_weight=weights,
+                sample_weight=None,
                 offset=None,
                 init=None,
                 fit_bias=bool(self.fit_intercept),
                 solver=self.solver,
-                tol=solver_tol(self.tol, examples.X.dtype),
+                tol=solver_tol(self.tol, dtype),
                 max_iter=self.max_iter,
             )
-            x, y, penalties, weight, *others = arrays
-            rows = jnp.asarray(columns.T)
+            x, y, penalties, _, *others = arrays
+            of_fits, of_scores = (jnp.asarray(weight.T) for weight in weights)
 
             def run(penalties: Any) -> _Grid:
-                return _joined(validated(rows, x, y, penalties, weight, *others, **static))
+                result = validated(x, y, penalties, of_fits, of_scores, *others, **static)
+                return _Grid(*jax.device_get(result))
 
             return _in_parts(run, np.asarray(penalties)) if self.verbose else run(penalties)
 
-    def _scores(self, grid: "_Grid", held_out: "list[_HeldOut]") -> Numbers:
-        """Scores (folds, Cs)."""
-        if callable(self.scoring) or self.scoring not in _SCORES:
-            return self._each(grid.fits, held_out, self._by_scorer())
-        if self.class_weight is not None:  # the compiled ones have the weights of the fits
-            return self._each(grid.fits, held_out, _by_name(self.scoring))
-        scores = {
-            "neg_log_loss": -grid.log_loss,
-            "accuracy": grid.accuracy,
-            "neg_brier_score": -grid.brier / (2 if len(self.classes_) == 2 else 1),
-        }
-        return scores[self.scoring].astype(np.float64)
+    def _compiled(self, scores: Scores) -> dict[str, Numbers]:
+        """Those of the compiled program by scikit-learn's names, the larger the better."""
+        log_loss, _, accuracy, brier = (np.asarray(value, np.float64) for value in scores)
+        if len(self.classes_) == 2:
+            brier = brier / 2  # as scikit-learn's
+        return {"neg_log_loss": -log_loss, "accuracy": accuracy, "neg_brier_score": -brier}
 
-    def _comparable(self, fits: Fit, held_out: "list[_HeldOut]") -> Numbers:
-        """Scores to choose by: of the log-loss, those without what no C can make finite."""
-        if self.scoring == "neg_log_loss" and np.isneginf(self.scores_).any():
-            return self._each(fits, held_out, _by_name(self.scoring, finite=True))
-        return self.scores_
-
-    def _each(self, fits: Fit, held_out: "list[_HeldOut]", score: "_Score") -> Numbers:
-        """The scores (folds, Cs) of every model with what it has not seen."""
-        scores = np.empty((len(held_out), len(self.Cs_)))
-        for fold, index in np.ndindex(scores.shape):
+    def _by_scorer(
+        self, fits: Fit, held_out: Numbers, X: Numbers, y: Numbers, weight: Numbers | None
+    ) -> Numbers:
+        """The scores (folds, Cs) that `scoring` gives every model for what it has not seen; NaN for
+        a fit that diverged."""
+        scorer = self._scorer()
+        takes = signature(getattr(scorer, "_score_func", scorer)).parameters
+        scores = np.full((len(held_out), len(self.Cs_)), np.nan)
+        for fold, index in np.argwhere(fits.status[:-1] != Status.DIVERGED):
+            rows = held_out[fold]
             params = Params(*(value[fold, index] for value in fits.params))
             model = self._model_of(params, float(self.Cs_[index]))
-            scores[fold, index] = score(model, held_out[fold])
+            weights = {}
+            if weight is not None and "sample_weight" in takes:
+                weights["sample_weight"] = weight[rows]
+            scores[fold, index] = scorer(model, X[rows], y[rows], **weights)
         return scores
 
     def _model_of(self, params: Params, C: float) -> "SoftmaxRegressionCV":
-        """A fitted model of one C for a scorer to ask."""
+        """A fitted model of one C for a scorer to ask. Many scorers refuse infinite logits: those
+        of absent classes are so low that their probability is 0."""
+        lowest = np.finfo(params.bias.dtype).min / 4
+        params = params._replace(bias=np.maximum(params.bias, lowest))
         model = SoftmaxRegressionCV([C], fit_intercept=self.fit_intercept)
         model.classes_, model.n_features_in_, model.C_ = self.classes_, self.n_features_in_, C
         model._set_model(params)
         return model
 
+    @property
+    def _scoring(self) -> Any:
+        return "accuracy" if self.scoring is None else self.scoring
+
     def _scorer(self) -> Any:
         """`scoring`, told of all classes where it asks, since a fold may lack some."""
-        scorer = get_scorer(self.scoring)
+        scorer = get_scorer(self._scoring)
         function = getattr(scorer, "_score_func", None)
         takes = signature(function).parameters if function else {}
         if "labels" not in takes:
@@ -312,16 +321,6 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
             response_method=scorer._response_method,
             **known | scorer._kwargs,
         )
-
-    def _by_scorer(self) -> "_Score":
-        scorer = self._scorer()
-        weighted = "sample_weight" in signature(getattr(scorer, "_score_func", scorer)).parameters
-
-        def score(model: SoftmaxClassifier, of: _HeldOut) -> Any:
-            weights = {"sample_weight": of.weight} if weighted else {}
-            return scorer(model, of.X, of.y, **weights)
-
-        return score
 
     def _set_grid(self, fits: Fit) -> None:
         """The attributes that tell of all fits."""
@@ -349,7 +348,10 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
         self.gap_, self.status_ = float(self.gaps_[fold, index]), str(self.statuses_[fold, index])
 
     def _chosen(self, scores: Numbers) -> int:
-        """Index of the strongest penalty whose mean score is the best, or near it if asked."""
+        """Index of the strongest penalty whose mean score is the best, or near it if asked. A fold
+        does not count whose scores are all -inf."""
+        some = ~np.isneginf(scores).all(1)
+        scores = scores[some] if some.any() else scores
         mean = scores.mean(0)
         mean[np.isnan(mean)] = -np.inf
         best = mean.argmax()
@@ -376,44 +378,6 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
             f"{failed.sum()} of the {failed.size} fits have not converged. The worst, of {where} "
             f"at C={C:g}: {self._summary(worst)}. {self._advice(worst, C, examples)}"
         )
-
-
-class _Grid(NamedTuple):
-    """Fits with axes (folds + 1, Cs), the last those of all examples; scores (folds, Cs)."""
-
-    fits: Fit
-    log_loss: Numbers
-    accuracy: Numbers
-    brier: Numbers
-
-
-class _HeldOut(NamedTuple):
-    """The examples that a fold holds out."""
-
-    X: Numbers
-    y: Numbers
-    labels: Numbers
-    weight: Numbers
-
-
-_Score = Callable[[SoftmaxClassifier, _HeldOut], Any]
-
-
-def _by_name(name: str, *, finite: bool = False) -> _Score:
-    """A score of `_SCORES`, of the examples alone of which it is finite if asked."""
-
-    def score(model: SoftmaxClassifier, of: _HeldOut) -> Any:
-        values = _SCORES[name](model.predict_log_proba(of.X), of.labels)
-        values = np.where(np.isneginf(values), 0, values) if finite else values
-        return np.average(values, weights=of.weight)
-
-    return score
-
-
-def _brier(p: Numbers, labels: Numbers) -> Numbers:
-    """Squared distances to the labels; scikit-learn halves those of two classes."""
-    distance = ((p - np.eye(p.shape[1])[labels]) ** 2).sum(1)
-    return distance / 2 if p.shape[1] == 2 else distance
 
 
 def _strengths(Cs: Any) -> Numbers:
@@ -449,10 +413,9 @@ def _masks(splits: list[Any], counts: Numbers, weight: Numbers) -> Numbers:
     return masks
 
 
-def _joined(result: CrossValidation) -> _Grid:
-    path, fold_fits = jax.device_get((result.path, result.fold_fits))
-    fits = jax.tree.map(lambda folds, whole: np.concatenate([folds, whole[None]]), fold_fits, path)
-    return _Grid(fits, *jax.device_get((result.log_loss, result.accuracy, result.brier)))
+def _relative(weights: Numbers) -> Numbers:
+    """In units of the largest of each row, so that float32 holds them."""
+    return weights / weights.max(1, keepdims=True)
 
 
 def _in_parts(run: Callable[[Numbers], _Grid], l2s: Numbers) -> _Grid:
@@ -461,7 +424,7 @@ def _in_parts(run: Callable[[Numbers], _Grid], l2s: Numbers) -> _Grid:
     size = -(-len(order) // _TICKS)
     whole = np.pad(order, (0, -len(order) % size), mode="edge")
     parts = []
-    with _progress_bar(len(whole) * len(l2s)) as bar:
+    with progress_bar(len(whole) * len(l2s), "fit", "verbose", 0) as bar:
         for some in np.split(whole, len(whole) // size):
             parts.append(run(l2s[:, some]))
             bar.update(some.size * len(l2s))
@@ -470,21 +433,24 @@ def _in_parts(run: Callable[[Numbers], _Grid], l2s: Numbers) -> _Grid:
     return grid
 
 
-def _progress_bar(total: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "verbose=1 needs tqdm: pip install 'jaxsoftmax[train]', or pass verbose=0"
-        ) from error
-    return tqdm(total=total, unit="fit")
-
-
 def _averaged(folds: Params) -> Params:
-    """The mean over folds, for each class over those that have seen it."""
+    """The mean over folds, for each class over those that have seen it.
+
+    A vector that is added to all classes changes no probability. So that it does not matter where a
+    fold lacks a class, each is taken relative to the classes that all have seen.
+    """
     seen = folds.bias > -np.inf
-    count = np.maximum(seen.sum(0), 1)
-    weights: Any = folds.weights.sum(0) / count[:, None]  # 0 where it is not seen
-    bias: Any = np.where(seen, folds.bias, 0).sum(0) / count
+    common = seen.all(0)
+
+    def mean(values: Any) -> Any:
+        of = seen.reshape(*seen.shape, *[1] * (values.ndim - 2))
+        if common.any():
+            values = values - values[:, common].mean(1, keepdims=True)
+        total = np.where(of, values, 0).sum(0) / np.maximum(of.sum(0), 1)
+        present = of.any(0)
+        centre = total.sum(0) / present.sum()
+        return np.where(present, total - centre, 0)
+
+    weights, bias = mean(folds.weights), mean(folds.bias)
     bias[~seen.any(0)] = -np.inf
     return Params(*(value.astype(folds.bias.dtype) for value in (weights, bias)))

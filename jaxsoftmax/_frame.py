@@ -51,7 +51,7 @@ def frame(problem: Problem, classes: int, *, fit_bias: bool, sharing: int = 1) -
     )
 
 
-def plan_of(problem: Problem, classes: int, sharing: int) -> Plan:
+def plan_of(problem: Problem, classes: int, sharing: int = 1) -> Plan:
     """What suits problems of this shape, so many of which share a preconditioner."""
     kept = not in_blocks(classes, problem)
     examples, width = problem.features.shape

@@ -5,8 +5,9 @@ from jax import Array, lax
 
 from jaxsoftmax import _coordinates, _preconditioner
 from jaxsoftmax._conjugate_gradient import Progress, conjugate_gradient
+from jaxsoftmax._frame import plan_of
 from jaxsoftmax._problem import Problem
-from jaxsoftmax.objective import Params, curvature, in_blocks
+from jaxsoftmax.objective import Params, curvature
 
 _STEPS = 1000
 
@@ -25,7 +26,7 @@ def solve_hessian(params: Params, problem: Problem, right: Params, *, fit_bias: 
     fast = _coordinates.standard(view, _coordinates.standard_columns(view, dtype))
     free = _coordinates.projection(problem, classes, fit_bias=fit_bias)
     at = curvature(fast.params(view.table_of(params)), fast.problem)
-    plan = _preconditioner.plan(examples, width, classes, kept=not in_blocks(classes, problem))
+    plan = plan_of(problem, classes)
     # The preconditioner changes the solution by rounding alone, and so has no derivative.
     data, spread = lax.stop_gradient((fast.problem, at.spread()))
     ridge = jnp.append(data.l2, 0 if fit_bias else 1)

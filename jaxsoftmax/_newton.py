@@ -112,26 +112,26 @@ class Newton:
     @staticmethod
     def of(
         problem: Problem,
-        frame: Frame,
+        shared: Frame,
         classes: int,
         *,
         fit_bias: bool,
         lanes: Lanes = ALONE,
         columns: Array | None = None,
     ) -> "Newton":
-        """That of a problem whose features are those of `frame`, and of the `columns` alone."""
-        view = frame.view._replace(problem=problem._replace(features=frame.view.problem.features))
-        fast = _coordinates.standard(view, frame.columns)
+        """That of a problem whose features are those of `shared`, and of the `columns` alone."""
+        view = shared.view._replace(problem=problem._replace(features=shared.view.problem.features))
+        fast = _coordinates.standard(view, shared.columns)
         plan = plan_of(fast.problem, classes, lanes.sharing)
         sample = None
-        if frame.sample is not None:
-            sample = thinned(fast.problem, plan.stride)._replace(features=frame.sample)
+        if shared.sample is not None:
+            sample = thinned(fast.problem, plan.stride)._replace(features=shared.sample)
         return Newton(
-            rows=frame.rows,
+            rows=shared.rows,
             view=view,
             fast=fast,
             sample=sample,
-            mean=frame.mean,
+            mean=shared.mean,
             free=_coordinates.projection(problem, classes, fit_bias=fit_bias, columns=columns),
             ridge=jnp.append(fast.problem.l2, 0 if fit_bias else 1),
             gap_scale=certificate.gap_scale(jnp.append(jnp.sqrt(problem.l2) * view.inverse, 0)),
@@ -235,9 +235,9 @@ class Newton:
             features = here.problem.features
 
             def image(own: tuple[Curvature, Array]) -> Array:
-                at, table = own
-                at = at._replace(problem=at.problem._replace(features=features))
-                return self.fast.table(at.product(self.fast.params(table)))
+                point, table = own
+                point = point._replace(problem=point.problem._replace(features=features))
+                return self.fast.table(point.product(self.fast.params(table)))
 
             def product(table: Array, running: Array) -> Array:
                 # All but the features, which the problems have in common.
@@ -289,8 +289,12 @@ class Newton:
         thin: Array,
         ending: Array,
     ) -> tuple[Progress, Array, Array, Array]:
-        """Conjugate gradients for minus the Newton step, or for that of the bias alone; minus the
-        step itself, its size, and how fast the objective falls along it."""
+        """The step to be subtracted: Newton's, or that of the bias alone.
+
+        Returns:
+          How conjugate gradients ended, the step, its largest entry, and how fast the objective
+          falls along it.
+        """
         value, width = state.at.value, state.at.table.shape[1]
         shared = state.shared
         varied = ~polish | (jnp.arange(width) == width - 1)
@@ -333,15 +337,16 @@ class Newton:
         return cg, step, jnp.where(flat, _LENGTH, size), slope
 
     def line_search(
-        self, point: Point, step: Array, size: Array, decrement: Array, slack: Array, rough: Array
+        self, point: Point, step: Array, size: Array, slope: Array, slack: Array, rough: Array
     ) -> tuple[Point, Array]:
         """The first of the lengths 1, 1/2, 1/4, ... that makes the objective fall enough, or else
         the last that still moves a logit of standard columns. `size` is the largest entry of the
-        step. At a point without a finite value the search ends at once."""
+        step, `slope` how fast the objective falls along it. At a point without a finite value the
+        search ends at once."""
 
         def proceed(carry: tuple[Point, Array, Array]) -> Array:
             new, length, tries = carry
-            fallen = new.value <= point.value * (1 + slack) - 1e-4 * length * decrement
+            fallen = new.value <= point.value * (1 + slack) - 1e-4 * length * slope
             moves = jnp.isfinite(point.value) & (length * size > jnp.finfo(self.wide).eps)
             return (tries == 0) | (~fallen & moves)
 

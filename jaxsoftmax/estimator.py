@@ -27,14 +27,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 from jaxsoftmax import training
-from jaxsoftmax._classifier import (
-    Numbers,
-    SoftmaxClassifier,
-    double,
-    padded,
-    penalty,
-    solver_tol,
-)
+from jaxsoftmax._classifier import SoftmaxClassifier
+from jaxsoftmax._conversions import Numbers, double, padded, penalty, solver_tol
 from jaxsoftmax._cross_validated import SoftmaxRegressionCV
 from jaxsoftmax.objective import Params
 from jaxsoftmax.regression import SOLVERS, fit
@@ -265,13 +259,15 @@ class SoftmaxRegression(SoftmaxClassifier):
             before = self._optimizer_state or _OptimizerState(
                 _OPTIMIZER.init(jax.tree.map(jnp.asarray, params)), np.int32(0)
             )
-            state: Any
-            state, _ = training.train_step(
-                training.TrainState(params, *before),
-                *padded(X.astype(dtype, copy=False), labels, (weight / weight.max()).astype(dtype)),
-                optimizer=_OPTIMIZER,
-                l2=penalty(self.C, seen, len(known)),
-            )
+            state: Any = training.TrainState(params, *before)
+            if weight.any():  # else the classes of the batch have weight 0, and it says nothing
+                share = (weight / weight.max()).astype(dtype)
+                state, _ = training.train_step(
+                    state,
+                    *padded(X.astype(dtype, copy=False), labels, share),
+                    optimizer=_OPTIMIZER,
+                    l2=penalty(self.C, seen, len(known)),
+                )
             state = jax.device_get(state)
         # Its steps are those of each coefficient alone, so the others are as without a bias.
         bias = state.params.bias if self.fit_intercept else np.zeros_like(state.params.bias)

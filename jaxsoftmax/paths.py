@@ -1,5 +1,6 @@
 """Fits along a path of penalties."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Float, Shaped
 
 from jaxsoftmax import _checks
 from jaxsoftmax._execution import partitioned, precise
-from jaxsoftmax._problem import make_problem, probabilities
+from jaxsoftmax._problem import Problem, make_problem, probabilities, sum_over_rows
 from jaxsoftmax._rows import compute_dtype
 from jaxsoftmax.objective import Params
 from jaxsoftmax.regression import checked, solved
@@ -19,6 +20,7 @@ from jaxsoftmax.solvers import Fit
 
 _MOVE = 1e-2  # of the logits under the strongest penalty of a grid
 _DECADES = 8
+_LOGITS = 2**20  # of a block of examples
 
 
 def l2_grid(
@@ -28,13 +30,14 @@ def l2_grid(
     num_classes: int,
     num: int = 25,
     sample_weight: Shaped[ArrayLike, " examples"] | None = None,
+    fit_bias: bool = True,
 ) -> Float[Array, " penalties"]:
     r"""Penalties from one that leaves little but the bias down to a hundred-millionth of it.
 
     Under a large penalty :math:`\lambda` the weights are :math:`-\nabla f / \lambda` with the
-    gradient at weights 0 and the optimal bias. The first penalty is the one under which they move
-    no class' logits by more than 0.01 in root mean square. The others follow in equal steps of
-    :math:`\log \lambda`, three to the decade by default.
+    gradient at weights 0 and the optimal bias, or without one at 0. The first penalty is the one
+    under which they move no class' logits by more than 0.01 in root mean square. The others follow
+    in equal steps of :math:`\log \lambda`, three to the decade by default.
 
     Args:
       features: (examples, features), real.
@@ -42,6 +45,7 @@ def l2_grid(
       num_classes: number of classes, at least 2.
       num: how many penalties, at least 1.
       sample_weight: (examples,), not negative. None for 1.
+      fit_bias: whether the fits have a bias.
 
     Returns:
       The penalties, decreasing.
@@ -62,30 +66,62 @@ def l2_grid(
     features, labels = _checks.examples(features, labels, num_classes)
     shape = (features.shape[0], num_classes)
     sample_weight, _ = _checks.weights_and_offset(sample_weight, None, shape)
-    return _l2_grid(features, labels, sample_weight, num_classes=num_classes, num=num)
+    return _l2_grid(
+        features, labels, sample_weight, num_classes=num_classes, num=num, fit_bias=fit_bias
+    )
 
 
-@partial(jax.jit, static_argnames=("num_classes", "num"))
+@partial(jax.jit, static_argnames=("num_classes", "num", "fit_bias"))
 @precise
 @partitioned
 def _l2_grid(
-    features: Array, labels: Array, sample_weight: Array | None, *, num_classes: int, num: int
+    features: Array,
+    labels: Array,
+    sample_weight: Array | None,
+    *,
+    num_classes: int,
+    num: int,
+    fit_bias: bool,
 ) -> Array:
-    zero = jnp.zeros((), compute_dtype(features.dtype))
+    dtype = compute_dtype(features.dtype)
     problem = make_problem(
-        features, labels, l2=zero, sample_weight=sample_weight, num_classes=num_classes
+        features,
+        labels,
+        l2=jnp.zeros((), dtype),
+        sample_weight=sample_weight,
+        num_classes=num_classes,
     )
-    share = problem.share
-    targets = probabilities(problem, num_classes)
-    # At the optimal bias the residuals sum to 0, so that the columns' means do not count.
-    residuals = share * (targets - (targets @ share)[:, None])
-    columns = features.astype(share.dtype)
-    columns -= share @ columns
-    moves = (residuals @ columns) @ columns.T
-    largest = jnp.max(jnp.sqrt(moves**2 @ share)) / _MOVE
+    size = max(_LOGITS // num_classes, 1)
+    tiny, most = jnp.finfo(dtype).tiny, jnp.finfo(dtype).max
+
+    def summed(of_rows: Callable[[Problem], Array]) -> Array:
+        return sum_over_rows(of_rows, problem, size)
+
+    if fit_bias:
+        p = summed(lambda rows: probabilities(rows, num_classes) @ rows.share)
+        mean = problem.share @ features.astype(dtype)
+    else:
+        assert problem.classes is not None
+        present = problem.classes.astype(dtype)
+        p = present / jnp.sum(present)
+        mean = jnp.zeros(features.shape[1], dtype)
+    # In units of the largest entry, and then of the largest gradient, lest squares overflow.
+    unit = jnp.maximum(jnp.max(jnp.abs(features.astype(dtype) - mean), initial=0), tiny)
+
+    def columns(rows: Problem) -> Array:
+        return (rows.features.astype(dtype) - mean) / unit
+
+    def of_weights(rows: Problem) -> Array:
+        residuals = rows.share * (probabilities(rows, num_classes) - p[:, None])
+        return residuals @ columns(rows)
+
+    gradient = summed(of_weights)
+    steepest = jnp.maximum(jnp.max(jnp.abs(gradient), initial=0), tiny)
+    squares = summed(lambda rows: (gradient / steepest @ columns(rows).T) ** 2 @ rows.share)
+    largest = jnp.sqrt(jnp.max(squares)) / _MOVE * steepest * unit * unit
     # Where the features say nothing, any penalty does.
-    largest = jnp.where(largest > 0, largest, 1)
-    return largest * 10 ** -jnp.linspace(0, _DECADES if num > 1 else 0, num, dtype=share.dtype)
+    largest = jnp.where(jnp.max(squares) > 0, jnp.clip(largest, tiny, most), 1)
+    return largest * 10 ** -jnp.linspace(0, _DECADES if num > 1 else 0, num, dtype=dtype)
 
 
 def fit_path(
@@ -136,7 +172,13 @@ def fit_path(
       coordinate descent, Journal of Statistical Software 33, section 2.5.
     """
     if l2s is None:
-        l2s = l2_grid(features, labels, num_classes=num_classes, sample_weight=sample_weight)
+        l2s = l2_grid(
+            features,
+            labels,
+            num_classes=num_classes,
+            sample_weight=sample_weight,
+            fit_bias=fit_bias,
+        )
     arrays, static = checked(
         features,
         labels,

@@ -17,7 +17,7 @@ Shapes are those of `jaxsoftmax.objective`. A batch is a problem of its own, wit
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,9 @@ from jaxtyping import Float, Int, Shaped
 
 from jaxsoftmax import _checks
 from jaxsoftmax._problem import make_problem
+from jaxsoftmax._progress import progress_bar
 from jaxsoftmax.losses import cross_entropy
 from jaxsoftmax.objective import Params, linear_logits, objective
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 
 class TrainState(NamedTuple):
@@ -270,7 +268,7 @@ def train(
     batch_size = min(_checks.integer("batch_size", batch_size, least=1), examples)
     steps = -(-examples // batch_size)
     losses: list[Array] = []
-    bar = _progress_bar(epochs * steps) if progress else None
+    bar = progress_bar(epochs * steps, "step", "progress", False) if progress else None
     for epoch_key in jax.random.split(key, epochs):
         for batch in shuffled_batches(features, labels, batch_size=batch_size, key=epoch_key):
             state, loss = train_step(state, *batch, optimizer=optimizer, l2=l2)
@@ -282,13 +280,3 @@ def train(
     if bar is not None:
         bar.close()
     return state, jnp.stack(losses)
-
-
-def _progress_bar(total: int) -> "tqdm[NoReturn]":
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "progress=True needs tqdm: pip install 'jaxsoftmax[train]', or pass progress=False"
-        ) from error
-    return tqdm(total=total, unit="step")

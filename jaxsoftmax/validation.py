@@ -34,8 +34,8 @@ class CrossValidation(NamedTuple):
       accuracy: the fraction of them whose most probable class is theirs.
       brier: mean of the squared distance between their probabilities and their labels, 0 to 2.
       best: index of the penalty with the least log-loss, averaged over the folds. Where a fold
-        holds out a class that it has not seen, that log-loss is infinite; here it counts without
-        the examples of such classes.
+        holds out a class that it has not seen, that log-loss is infinite; here it is the mean of
+        the other examples, and a fold that has none does not count.
       one_standard_error: index of the largest penalty whose mean log-loss is within one standard
         error of that.
     """
@@ -52,7 +52,13 @@ class CrossValidation(NamedTuple):
     def fit(self, *, one_standard_error: bool = False) -> Fit:
         """The fit of all examples under the chosen penalty."""
         index = self.one_standard_error if one_standard_error else self.best
-        result: Fit = jax.tree.map(lambda values: values[index], self.path)
+
+        def chosen(values: Array) -> Array:
+            axis = index.ndim  # problems come first
+            one = jnp.expand_dims(index, range(axis, values.ndim))
+            return jnp.take_along_axis(values, one, axis).squeeze(axis)
+
+        result: Fit = jax.tree.map(chosen, self.path)
         return result
 
 
@@ -110,7 +116,13 @@ def cross_validate(
       Hastie, Tibshirani, Friedman (2009), The Elements of Statistical Learning, section 7.10.
     """
     if l2s is None:
-        l2s = l2_grid(features, labels, num_classes=num_classes, sample_weight=sample_weight)
+        l2s = l2_grid(
+            features,
+            labels,
+            num_classes=num_classes,
+            sample_weight=sample_weight,
+            fit_bias=fit_bias,
+        )
     arrays, static = checked(
         features,
         labels,
@@ -126,8 +138,7 @@ def cross_validate(
     )
     x, y, penalties, weight, *others = arrays
     masks = fold_masks(folds, y, weight)
-    penalties = jnp.broadcast_to(penalties, (len(masks) + 1, *penalties.shape))
-    return validated(masks, x, y, penalties, weight, *others, **static)
+    return _cross_validated(masks, x, y, penalties, weight, *others, **static)
 
 
 def stratified_folds(
@@ -150,7 +161,7 @@ def stratified_folds(
 
     Raises:
       TypeError: `labels` are no classes and no probabilities, or `num_folds` is no integer.
-      ValueError: `num_folds` is below 2.
+      ValueError: `num_folds` is below 2, or `labels` have another rank.
 
     Example:
       >>> import jax.numpy as jnp
@@ -160,7 +171,11 @@ def stratified_folds(
     """
     num_folds = _checks.integer("num_folds", num_folds, least=2)
     classes = _checks.label_array(labels)
-    if classes.ndim == 2:
+    if classes.ndim not in (1, 2):
+        raise ValueError(
+            f"labels must have shape (examples,) or (examples, classes), got shape {classes.shape}"
+        )
+    if not _checks.class_labels(classes, classes.shape[:1], "(examples,)"):
         classes = jnp.argmax(classes, 1)
     count = len(classes)
     shuffled = jnp.arange(count) if key is None else jax.random.permutation(key, count)
@@ -225,8 +240,9 @@ def _members(ids: Array, count: int) -> Array:
     return (ids == jnp.arange(count, dtype=ids.dtype)[:, None]).astype(jnp.int8)
 
 
-class _Scores(NamedTuple):
-    """Sums over examples, each with its share; `known_log_loss` without those of infinite loss."""
+class Scores(NamedTuple):
+    """Means over held-out examples; `known_log_loss` is that of those with a finite one, and
+    infinite if there are none."""
 
     log_loss: Array
     known_log_loss: Array
@@ -238,6 +254,33 @@ class _Scores(NamedTuple):
 @precise
 @partitioned
 def validated(
+    features: Array,
+    labels: Array,
+    l2s: Array,
+    fitted: Array,
+    held_out: Array,
+    *others: Any,
+    **static: Any,
+) -> tuple[Fit, Scores]:
+    """Fits with weights `fitted` (fits, examples) under `l2s` (fits, penalties), and scores of the
+    first of them with weights `held_out` (folds, examples)."""
+
+    def fit(weight: Array, l2: Array) -> Fit:
+        return solved(features, labels, l2, weight, *others, **static)
+
+    fits = jax.vmap(jax.vmap(fit, (None, 0)))(fitted, l2s)
+
+    def scores_of_fold(of_fold: tuple[Array, Params]) -> Scores:
+        weight, params = of_fold
+        problem = make_problem(features, labels, l2=jnp.zeros_like(l2s[0, 0]), sample_weight=weight)
+        return lax.map(lambda params: _scores(params, problem), params)
+
+    of_folds = jax.tree.map(lambda values: values[: len(held_out)], fits.params)
+    return fits, lax.map(scores_of_fold, (held_out, of_folds))
+
+
+@partial(jax.jit, static_argnames=("num_classes", "fit_bias", "solver"))
+def _cross_validated(
     masks: Array,
     features: Array,
     labels: Array,
@@ -246,31 +289,17 @@ def validated(
     *others: Any,
     **static: Any,
 ) -> CrossValidation:
-    """`cross_validate` of checked arguments, with penalties (folds + 1, penalties): those of each
-    fold, and last those of all examples, which are the ones that are chosen from."""
+    """`cross_validate` of checked arguments. The last of the fits is that of all examples."""
     weight = jnp.ones(len(features), l2s.dtype) if sample_weight is None else sample_weight
     fitted = jnp.concatenate([jnp.where(masks == 0, weight, 0), weight[None]])
-
-    def fit(weight: Array, l2: Array) -> Fit:
-        return solved(features, labels, l2, weight, *others, **static)
-
-    fits = jax.vmap(jax.vmap(fit, (None, 0)))(fitted, l2s)
-    path = jax.tree.map(lambda values: values[-1], fits)
-    fold_fits = jax.tree.map(lambda values: values[:-1], fits)
-
-    def scores_of_fold(of_fold: tuple[Array, Params]) -> _Scores:
-        held_out, params = of_fold
-        problem = make_problem(
-            features, labels, l2=jnp.zeros_like(l2s[0, 0]), sample_weight=held_out
-        )
-        return lax.map(lambda params: _scores(params, problem), params)
-
-    scores = lax.map(scores_of_fold, (jnp.where(masks == 1, weight, 0), fold_fits.params))
-    best, one_standard_error = _chosen(scores.known_log_loss, l2s[-1])
+    held_out = jnp.where(masks == 1, weight, 0)
+    of_fits = jnp.broadcast_to(l2s, (len(fitted), *l2s.shape))
+    fits, scores = validated(features, labels, of_fits, fitted, held_out, *others, **static)
+    best, one_standard_error = _chosen(scores.known_log_loss, l2s)
     return CrossValidation(
-        l2s=l2s[-1],
-        path=path,
-        fold_fits=fold_fits,
+        l2s=l2s,
+        path=jax.tree.map(lambda values: values[-1], fits),
+        fold_fits=jax.tree.map(lambda values: values[:-1], fits),
         log_loss=scores.log_loss,
         accuracy=scores.accuracy,
         brier=scores.brier,
@@ -279,10 +308,10 @@ def validated(
     )
 
 
-def _scores(params: Params, problem: Problem) -> _Scores:
+def _scores(params: Params, problem: Problem) -> Scores:
     classes = params.bias.size
 
-    def block(rows: Problem) -> _Scores:
+    def block(rows: Problem) -> tuple[Scores, Array]:
         logits = params.weights @ rows.features.astype(params.weights.dtype).T
         logits += params.bias[:, None]
         # Under a class that was not fitted, with probability 0, its bias is -inf.
@@ -290,9 +319,10 @@ def _scores(params: Params, problem: Problem) -> _Scores:
         targets = probabilities(rows, classes)
         own = jnp.argmax(targets, 0)
         losses = cross_entropy(logits, rows.labels, axis=0)
-        scores = _Scores(
+        known = losses != jnp.inf
+        scores = Scores(
             log_loss=losses,
-            known_log_loss=jnp.where(losses == jnp.inf, 0, losses),
+            known_log_loss=jnp.where(known, losses, 0),
             # The largest of NaN is the first, which is no answer.
             accuracy=jnp.where(
                 jnp.isnan(losses), losses, (jnp.argmax(logits, 0) == own).astype(p.dtype)
@@ -300,18 +330,22 @@ def _scores(params: Params, problem: Problem) -> _Scores:
             brier=jnp.sum((p - targets) ** 2, 0),
         )
         return jax.tree.map(
-            lambda v: jnp.sum(jnp.where(rows.share == 0, 0, rows.share * v)), scores
+            lambda v: jnp.sum(jnp.where(rows.share == 0, 0, rows.share * v)),
+            (scores, known.astype(p.dtype)),
         )
 
-    return sum_over_rows(block, problem, max(_LOGITS // classes, 1))
+    scores, share = sum_over_rows(block, problem, max(_LOGITS // classes, 1))
+    known = jnp.where(share > 0, scores.known_log_loss / jnp.where(share > 0, share, 1), jnp.inf)
+    return scores._replace(known_log_loss=known)
 
 
 def _chosen(losses: Float[Array, "folds penalties"], l2s: Array) -> tuple[Array, Array]:
     """The penalty of the least mean, and the largest one within one standard error of it; not one
-    whose fits diverged."""
-    count = len(losses)
-    mean = jnp.mean(losses, 0)
-    variance = jnp.sum((losses - mean) ** 2, 0) / max(count - 1, 1)
+    whose fits diverged. A fold whose losses are all infinite does not count."""
+    counts = jnp.any(losses != jnp.inf, 1, keepdims=True)
+    count = jnp.maximum(jnp.sum(counts), 1).astype(losses.dtype)
+    mean = jnp.sum(jnp.where(counts, losses, 0), 0) / count
+    variance = jnp.sum(jnp.where(counts, (losses - mean) ** 2, 0), 0) / jnp.maximum(count - 1, 1)
     best = jnp.argmin(jnp.where(jnp.isnan(mean), jnp.inf, mean))
     within = mean <= mean[best] + jnp.sqrt(variance[best] / count)
     return best, jnp.argmax(jnp.where(within, l2s, -1))

@@ -11,9 +11,12 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxsoftmax import Fit, Params, Status, _batch, _preconditioner, fit
+from jaxsoftmax._execution import Lanes
 from tests.fits import CLASSES, EXAMPLES, L2, WIDTH, data
 from tests.helpers import WIDE
 from tests.test_paths import DOUBLE, TOL, entry, same, small_fit
+
+pytestmark = pytest.mark.slow
 
 PROBLEMS = 5
 
@@ -234,3 +237,18 @@ def test_derivatives_of_paths_side_by_side_are_those_of_single_fits() -> None:
                 rtol = 1e-5 if DOUBLE else 2e-2
                 atol = rtol * float(jnp.abs(other).max())
                 np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
+
+
+def test_the_last_problem_that_runs_pays_for_itself_alone() -> None:
+    lanes = Lanes(4, "problems")
+    matrix = jnp.arange(6.0).reshape(2, 3)
+    vectors = jnp.arange(12.0).reshape(4, 3)
+
+    def image(running: jax.Array, own: jax.Array) -> jax.Array:
+        return lanes.of_running(lambda v: matrix @ v, running, own)
+
+    images = jax.vmap(image, axis_name="problems")
+    two, one = jnp.array([True, False, True, False]), jnp.array([False, False, True, False])
+    expected = vectors @ matrix.T  # of small integers, so exact
+    np.testing.assert_array_equal(images(two, vectors), expected)
+    np.testing.assert_array_equal(images(one, vectors), jnp.tile(expected[2], (4, 1)))

@@ -224,7 +224,7 @@ def test_folds_of_nearly_one_size_share_a_program() -> None:
 def test_large_features_are_not_copied_for_a_common_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     X, y = iris()
     coef, probabilities = fitted().coef_, fitted().predict_proba(X)
-    monkeypatch.setattr("jaxsoftmax._classifier._PADDED", 500)
+    monkeypatch.setattr("jaxsoftmax._conversions._PADDED", 500)
     model = SoftmaxRegression().fit(X, y)
     np.testing.assert_allclose(model.coef_, coef, rtol=1e-6)
     np.testing.assert_allclose(model.predict_proba(X), probabilities, atol=1e-9)
@@ -591,6 +591,19 @@ def test_batches_may_lack_classes_and_unseen_labels_are_named() -> None:
     words = SoftmaxRegression().partial_fit(X[:2], ["x", "y"], classes=["x", "y", "z"])
     with pytest.raises(ValueError, match=r"\['new'\]"):
         words.partial_fit(X[:2], ["x", "new"])
+
+
+@single
+def test_a_batch_of_classes_without_weight_changes_nothing() -> None:
+    X, y = iris()
+    y = np.minimum(y, 1)
+    model = SoftmaxRegression(class_weight={0: 0.0, 1: 1.0})
+    first = model.partial_fit(X[y == 0], y[y == 0], classes=[0, 1]).coef_
+    np.testing.assert_array_equal(first, np.zeros((1, 4)))
+    before = model.partial_fit(X, y).coef_
+    np.testing.assert_array_equal(model.partial_fit(X[y == 0], y[y == 0]).coef_, before)
+    with pytest.raises(ValueError, match="class_weight leaves no example a weight"):
+        SoftmaxRegression(class_weight={0: 0.0, 1: 0.0}).fit(X, y)
 
 
 @single

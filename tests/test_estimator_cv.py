@@ -38,7 +38,11 @@ from jaxsoftmax.estimator import SoftmaxRegression, SoftmaxRegressionCV
 from tests.helpers import X64
 
 # Bad parameters and integers for floats go in on purpose.
-pytestmark = [pytest.mark.usefixtures("no_jaxtyping"), pytest.mark.single]
+pytestmark = [
+    pytest.mark.usefixtures("no_jaxtyping"),
+    pytest.mark.single,
+    pytest.mark.slow,
+]
 # One number of folds and of penalties for nearly all tests, which so share a program.
 CS = [0.01, 1.0, 100.0]
 
@@ -62,7 +66,6 @@ def fitted() -> SoftmaxRegressionCV:
 
 
 # The relation of weights to repetition is checked to eight digits of the logits.
-@pytest.mark.slow
 @parametrize_with_checks([small(tol=1e-8)])
 def test_scikit_learns_checks(estimator: Any, check: Callable[[Any], None]) -> None:
     check(estimator)
@@ -281,6 +284,31 @@ def test_a_fold_of_one_class_alone_predicts_it(scoring: str) -> None:
         assert np.isfinite(model.predict_proba(X)).all()
 
 
+@pytest.mark.parametrize("scoring", ["roc_auc", "average_precision"])
+def test_a_fold_of_one_class_alone_has_a_score_by_its_logits(scoring: str) -> None:
+    X, y = iris()
+    y = np.minimum(y, 1)
+    seen = np.flatnonzero(y == 1)
+    splits = list(StratifiedKFold(3).split(X, y))
+    splits[0] = np.intersect1d(splits[0][0], seen), splits[0][1]
+    model = small(cv=splits, scoring=scoring).fit(X, y)
+    constant = 0.5 if scoring == "roc_auc" else y[splits[0][1]].mean()
+    np.testing.assert_allclose(model.scores_[0], constant)
+    assert (model.scores_[1:] > 0.9).all()
+
+
+def test_an_average_over_folds_lies_between_them_though_one_lacks_a_class() -> None:
+    X, y = iris()
+    splits = list(StratifiedKFold(3).split(X, y))
+    splits[0] = (splits[0][0][y[splits[0][0]] != 2], splits[0][1])
+    model = small(Cs=[0.01], cv=splits, refit=False).fit(1e-3 * X, y)
+    paths = model.coefs_paths_[:, 0, :, -1]
+    relative = (paths[1:, 2] - paths[1:, :2].mean(1)).round(6)
+    ours = model.intercept_[2] - model.intercept_[:2].mean()
+    assert relative.min() - 1e-5 <= ours <= relative.max() + 1e-5
+    np.testing.assert_allclose(model.intercept_.sum(), 0, atol=1e-6)
+
+
 # The choice.
 
 
@@ -306,6 +334,50 @@ def test_the_one_standard_error_rule() -> None:
     assert small(scoring=lambda model, X, y: model.C_).fit(X, y).C_ == 100.0
     with pytest.raises(ValueError, match="one_standard_error needs refit=True"):
         small(one_standard_error=True, refit=False).fit(X, y)
+
+
+def test_a_fold_of_unseen_classes_alone_does_not_widen_the_standard_error() -> None:
+    X, y = iris()
+    rows = np.arange(150)
+    splits = list(StratifiedKFold(3).split(X, y))
+    lost = rows[y != 2], rows[y == 2]
+    for rule in (False, True):
+        without = small(Cs=10, cv=splits, one_standard_error=rule).fit(X, y)
+        with_lost = small(Cs=10, cv=[*splits, lost], one_standard_error=rule).fit(X, y)
+        assert np.isneginf(with_lost.scores_[-1]).all()
+        assert with_lost.C_ == without.C_
+
+
+def test_a_fit_that_diverged_has_no_score() -> None:
+    class Diverging(SoftmaxRegressionCV):
+        def _settled(self, fits: Any) -> Any:
+            settled = super()._settled(fits)
+            settled.status[0, 0] = Status.DIVERGED
+            return settled
+
+    X, y = iris()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = Diverging(CS, cv=3, scoring=lambda model, X, y: -model.C_).fit(X, y)
+    np.testing.assert_array_equal(np.isnan(model.scores_), np.arange(9).reshape(3, 3) == 0)
+    assert CS[1] == model.C_
+
+
+def test_without_scoring_it_is_the_accuracy_and_weights_come_only_if_there_are_some() -> None:
+    X, y = iris()
+    by_name = small(scoring="accuracy").fit(X, y)
+    np.testing.assert_array_equal(small(scoring=None).fit(X, y).scores_, by_name.scores_)
+    assert small(scoring=None).fit(X, y).score(X, y) == by_name.score(X, y)
+    given = []
+
+    def scorer(model: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
+        given.append(sample_weight is not None)
+        return 0.0
+
+    small(scoring=scorer).fit(X, y)
+    assert not any(given)
+    small(scoring=scorer).fit(X, y, sample_weight=np.ones(150))
+    assert given[9:] == 9 * [True]
 
 
 def test_scorers_are_called_with_models_of_each_fold_and_c() -> None:

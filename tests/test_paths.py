@@ -134,6 +134,23 @@ def test_the_grid_begins_where_weights_move_no_logit() -> None:
         assert 0.08 < spread[1] <= 0.11
 
 
+def test_the_grid_of_a_model_without_bias_counts_the_means_of_the_columns() -> None:
+    features, labels = data()
+    l2s = l2_grid(features + 7, labels, num_classes=CLASSES, num=9, fit_bias=False)
+    path = small_path(features + 7, labels, l2s=l2s[:1], fit_bias=False)
+    logits = linear_logits(entry(path, 0).params, features + 7)
+    size = jnp.sqrt(jnp.mean(logits**2, 0)).max()
+    assert 0.009 < size <= 0.0101
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e-10, 1e10, 1e15])
+def test_the_grid_follows_the_scale_of_the_features(size: float) -> None:
+    features, labels = data()
+    expected = l2_grid(features, labels, num_classes=CLASSES, num=3)
+    scaled = l2_grid(size * features, labels, num_classes=CLASSES, num=3)
+    np.testing.assert_allclose(scaled[:2], expected[:2] * size**2, rtol=1e-5)
+
+
 def test_the_grid_is_the_default() -> None:
     features, labels = data()
     weight = jnp.asarray(np.random.default_rng(1).integers(0, 3, EXAMPLES), WIDE)

@@ -156,23 +156,23 @@ class AdapterCV(SoftmaxRegressionCV):
                 setattr(self, name, getattr(self, name)[:, None])
         return self
 
-    def _grid(self, examples: Any, masks: Any, l2s: Any) -> Any:
-        folds, penalties = len(masks), l2s.shape[1]
+    def _grid(self, examples: Any, fitted: Any, held_out: Any, l2s: Any) -> Any:
+        folds, penalties = len(held_out), l2s.shape[1]
         width = examples.X.shape[1]
         again = np.minimum(np.arange(FOLDS), folds - 1)
         grid = super()._grid(
             examples._replace(
                 X=larger(examples.X, ROWS, WIDTH),
                 labels=larger(examples.labels, ROWS),
-                share=larger(examples.share, ROWS),
             ),
-            larger(masks[again], FOLDS, ROWS),
+            larger(fitted[[*again, -1]], FOLDS + 1, ROWS),
+            larger(held_out[again], FOLDS, ROWS),
             np.pad(l2s[[*again, -1]], [(0, 0), (0, PENALTIES - penalties)], "edge"),
         )
         fits = jax.tree.map(lambda v: v[[*range(folds), -1], :penalties], grid.fits)
         params = fits.params._replace(weights=fits.params.weights[..., :width])
-        scores = (values[:folds, :penalties] for values in grid[1:])
-        return type(grid)(fits._replace(params=params), *scores)
+        scores = jax.tree.map(lambda v: v[:folds, :penalties], grid.scores)
+        return type(grid)(fits._replace(params=params), scores)
 
     def _shape_as_before(self) -> None:
         rows = self.classes_[-len(self.coef_) :]
@@ -211,7 +211,7 @@ CONTAINER: dict[str, list[Any]] = {"csr_container": [dense]}
 NEWTON: dict[str, list[Any]] = {"solver": ["newton-cg"]}
 INTERCEPT: dict[str, list[Any]] = {"fit_intercept": [False, True]}
 CLASS_WEIGHTS: dict[str, list[Any]] = {
-    "weight": [{0: 0.1, 1: 0.2, 2: 0.5}],
+    "weight": [{0: 0.1, 1: 0.2}, {0: 0.1, 1: 0.2, 2: 0.5}],
     "class_weight": ["weight", "balanced"],
 }
 RUN: dict[str, dict[str, list[Any]]] = {
@@ -223,8 +223,8 @@ RUN: dict[str, dict[str, list[Any]]] = {
     "test_nan": {},
     "test_multinomial_logistic_regression_string_inputs": {},
     "test_logistic_regression_solvers": SEED,
-    "test_logistic_regression_solvers_multiclass": {"fit_intercept": [True]},
-    "test_logistic_regression_solvers_multiclass_unpenalized": {"fit_intercept": [True]} | SEED,
+    "test_logistic_regression_solvers_multiclass": INTERCEPT,
+    "test_logistic_regression_solvers_multiclass_unpenalized": INTERCEPT | SEED,
     "test_logistic_regression_sample_weights": {"problem": ["single", "cv"]} | NEWTON | SEED,
     "test_logistic_regression_solver_class_weights": NEWTON | SEED,
     "test_logistic_regression_class_weights": CONTAINER | SEED,
@@ -270,12 +270,12 @@ LEFT_OUT = {
         elasticnet_l1_ratio_err_helpful logreg_l1 saga_vs_liblinear elastic_net_coeffs
         elastic_net_l1_l2_equivalence elastic_net_vs_l1_l2 l1_ratio_non_elasticnet
         LogisticRegression_elastic_net_objective elastic_net_versus_sgd liblinear_not_stuck
-        sample_and_class_weight_equivalence_liblinear
         LogisticRegressionCV_GridSearchCV_elastic_net
         LogisticRegressionCV_elasticnet_attribute_shapes scores_attribute_layout_elasticnet""",
-    "of what one of their solvers cannot do": """
+    "of what one of their solvers alone does or cannot do": """
         check_solver_option liblinear_dual_random_state liblinear_with_large_values
-        liblinear_multiclass_raises newton_cholesky_fallback_to_lbfgs""",
+        liblinear_multiclass_raises sample_and_class_weight_equivalence_liblinear
+        newton_cholesky_fallback_to_lbfgs""",
     "of their private functions": """
         consistency_path logistic_regression_path_convergence_fail
         logistic_regression_path_coefs_multinomial logistic_regression_path_init_coefs

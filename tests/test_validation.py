@@ -149,7 +149,7 @@ def test_a_fold_that_has_not_seen_a_class_gives_it_probability_0() -> None:
         weights, bias = entry(result.fold_fits, 0, i).params
         logits = np.asarray(x @ weights.T + bias)
         own = np.take_along_axis(logits, y[:, None], 1)[:, 0]
-        losses.append(np.sum(np.logaddexp.reduce(logits, 1) - own) / np.sum(folds == 0))
+        losses.append(np.mean(np.logaddexp.reduce(logits, 1) - own))
     means = (np.asarray(losses) + np.asarray(result.log_loss[1:]).sum(0)) / FOLDS
     assert result.best == means.argmin()
 
@@ -171,6 +171,10 @@ def test_the_one_standard_error_rule() -> None:
     best, simplest = _chosen(losses[:, ::-1], jnp.array([1.0, 2.0, 3.0, 4.0]))
     assert (int(best), int(simplest)) == (1, 2)
     assert _chosen(losses[:1], jnp.array([4.0, 3.0, 2.0, 1.0]))[1] == 2  # one fold has no error
+    # Nor does a fold count that holds out nothing but classes that it has not seen.
+    unseen = jnp.concatenate([losses, jnp.full((1, 4), jnp.inf)])
+    best, simplest = _chosen(unseen, jnp.array([4.0, 3.0, 2.0, 1.0]))
+    assert (int(best), int(simplest)) == (2, 1)
 
 
 @pytest.mark.single
@@ -191,14 +195,18 @@ def test_many_divisions_into_folds_in_one_program() -> None:
     features, labels = data()
     keys = jax.random.split(jax.random.key(0), 2)
 
-    def score(key: jax.Array) -> jax.Array:
+    def judged(key: jax.Array) -> CrossValidation:
         folds = stratified_folds(labels, FOLDS, key=key)
         members = folds == jnp.arange(FOLDS, dtype=folds.dtype)[:, None]
-        return small_cv(features, labels, folds=members).log_loss
+        return small_cv(features, labels, folds=members)
 
-    together = jax.vmap(score)(keys)
+    together = jax.vmap(judged)(keys)
     for i, key in enumerate(keys):
-        np.testing.assert_allclose(together[i], score(key), rtol=1e-5 if DOUBLE else 1e-3)
+        alone = judged(key)
+        rtol = 1e-5 if DOUBLE else 1e-3
+        np.testing.assert_allclose(together.log_loss[i], alone.log_loss, rtol=rtol)
+        same(entry(together.fit(), i), alone.fit())
+        same(entry(together.fit(one_standard_error=True), i), alone.fit(one_standard_error=True))
 
 
 @pytest.mark.single
@@ -252,6 +260,24 @@ def test_folds_are_those_of_scikit_learn_up_to_their_numbers() -> None:
 def test_bad_arguments(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         small_cv(*data(), **changed)
+
+
+@pytest.mark.single
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (np.array([0.5, 1.5]), TypeError, "one per example, must have an integer dtype"),
+        (np.array([True, False]), TypeError, "got dtype bool"),
+        (np.zeros((2, 2, 2)), ValueError, r"got shape \(2, 2, 2\)"),
+        (np.array(1), ValueError, r"got shape \(\)"),
+    ],
+)
+@pytest.mark.usefixtures("no_jaxtyping")
+def test_labels_that_can_not_be_stratified(
+    labels: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        stratified_folds(labels, 2)
 
 
 @pytest.mark.single

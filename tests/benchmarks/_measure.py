@@ -1,14 +1,17 @@
-"""What the benchmarks share: interleaved timing, and a line that names versions and device."""
+"""What the benchmarks share: interleaved timing, versions and device, data from files."""
 
 import importlib.metadata
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from numpy.typing import NDArray
 
 
 def environment(*packages: str) -> str:
@@ -40,3 +43,15 @@ def medians(
             jax.block_until_ready(result)
             seconds[name].append((time.perf_counter() - start) / calls[name])
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def stored(folder: Path | None) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
+    """Name, features and labels of each .npz of a folder with arrays X and y.
+
+    Bytes are divided by 255 if they go that far.
+    """
+    for path in sorted(folder.glob("*.npz")) if folder else ():
+        with np.load(path) as arrays:
+            features, labels = arrays["X"], arrays["y"]
+        scale = 255 if features.dtype == np.uint8 and features.max() > 127 else 1
+        yield path.stem, features.astype(np.float64) / scale, labels

@@ -41,7 +41,7 @@ from sklearn.linear_model import LogisticRegression
 from jaxsoftmax import Params, Status, fit
 from jaxsoftmax._newton import newton_cg
 from jaxsoftmax._problem import make_problem
-from tests.benchmarks._measure import environment, medians
+from tests.benchmarks._measure import environment, medians, stored
 
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 GAP = 1e-6
@@ -83,14 +83,10 @@ def problems(folder: Path | None) -> Iterator[Data]:
     scores = made @ rng.normal(size=(100, 20)) / 5 + rng.gumbel(size=(100_000, 20))
     yield Data("made 100000 x 100", made, scores.argmax(1))
     yield Data("100 x 1000", rng.normal(size=(100, 1000)), rng.integers(0, 10, 100))
-    for path in sorted(folder.glob("*.npz")) if folder else ():
-        with np.load(path) as arrays:
-            features, labels = arrays["X"], arrays["y"]
-        scale = 255 if features.dtype == np.uint8 and features.max() > 127 else 1
-        features = features.astype(np.float64) / scale
+    for stem, features, labels in stored(folder):
         sizes = [10_000, len(labels)] if len(labels) > 30_000 else [len(labels)]
         for size in sizes:
-            name = path.stem if size == len(labels) else f"{path.stem} {size}"
+            name = stem if size == len(labels) else f"{stem} {size}"
             rows, some = features[:size], labels[:size]
             yield Data(name, rows, some)
             spread = rows.std(0)

@@ -39,7 +39,7 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import StratifiedKFold
 
 from jaxsoftmax import CrossValidation, Params, Status, cross_validate, fit
-from tests.benchmarks._measure import environment, medians
+from tests.benchmarks._measure import environment, medians, stored
 
 CS = np.logspace(-6, 5, 45)
 FOLDS = 5
@@ -78,12 +78,9 @@ class Run(NamedTuple):
 def problems(folder: Path | None) -> Iterator[Data]:
     images, labels = load_digits(return_X_y=True)
     yield Data("digits", images / 16, labels)
-    for path in sorted(folder.glob("*.npz")) if folder else ():
-        with np.load(path) as arrays:
-            features, labels = arrays["X"], arrays["y"]
-        scale = 255 if features.dtype == np.uint8 and features.max() > 127 else 1
+    for name, features, labels in stored(folder):
         rows = slice(10_000 if len(labels) > ROWS else None)
-        yield Data(path.stem, features[rows].astype(np.float64) / scale, labels[rows])
+        yield Data(name, features[rows], labels[rows])
 
 
 def objective(data: Data, rows: NDArray[Any], params: Any, strength: float) -> float:
