@@ -280,6 +280,7 @@ def validated(
 
 
 @partial(jax.jit, static_argnames=("num_classes", "fit_bias", "solver"))
+@partitioned
 def _cross_validated(
     masks: Array,
     features: Array,
