@@ -5,6 +5,7 @@ where they are known, see `known`.
 """
 
 import operator
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def _described(value: Any) -> str:
     """What came, for a message: of an array its shape and dtype."""
     if isinstance(value, (Array, np.ndarray)) and value.ndim:
         return f"an array of shape {value.shape} and dtype {value.dtype}"
-    return repr(value)
+    return reprlib.repr(value)  # the beginning of a long one
 
 
 def array(name: str, value: ArrayLike) -> Array:
@@ -50,7 +51,7 @@ def array(name: str, value: ArrayLike) -> Array:
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{name} must be an array of numbers, got {value!r}") from error
+        raise TypeError(f"{name} must be an array of numbers, got {_described(value)}") from error
 
 
 def own_dtype(value: ArrayLike | None) -> Any:
@@ -126,6 +127,12 @@ def has_shape(name: str, value: Array, shape: tuple[int, ...], meaning: str) -> 
     """`value`, if its shape is `shape`; `meaning` names the axes in the message."""
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {meaning} = {shape}, got shape {value.shape}")
+    return value
+
+
+def boolean(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_described(value)}")
     return value
 
 

@@ -1,5 +1,6 @@
 """The scikit-learn classifier that chooses its penalty by cross-validation."""
 
+import reprlib
 import warnings
 from collections.abc import Callable
 from inspect import signature
@@ -386,7 +387,9 @@ def _strengths(Cs: Any) -> Numbers:
         return np.logspace(-4, 4, int(Cs))
     values = np.asarray(Cs, np.float64)
     if values.ndim != 1 or not values.size or not (values > 0).all():
-        raise ValueError(f"Cs must be a number of values or a sequence of some above 0, got {Cs!r}")
+        raise ValueError(
+            f"Cs must be a number of values or a sequence of some above 0, got {reprlib.repr(Cs)}"
+        )
     return values
 
 

@@ -63,6 +63,7 @@ def l2_grid(
     """
     num = _checks.integer("num", num, least=1)
     num_classes = _checks.integer("num_classes", num_classes, least=2)
+    fit_bias = _checks.boolean("fit_bias", fit_bias)
     features, labels = _checks.examples(features, labels, num_classes)
     shape = (features.shape[0], num_classes)
     sample_weight, _ = _checks.weights_and_offset(sample_weight, None, shape)

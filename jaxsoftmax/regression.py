@@ -141,8 +141,7 @@ def checked(
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}, got {solver!r}")
     solver = "newton_cg" if solver == "auto" else solver
-    if not isinstance(fit_bias, bool):
-        raise TypeError(f"fit_bias must be True or False, got {fit_bias!r}")
+    fit_bias = _checks.boolean("fit_bias", fit_bias)
     features, labels = _checks.examples(features, labels, num_classes)
     examples, width = features.shape
     dtype = compute_dtype(features.dtype)

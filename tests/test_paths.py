@@ -201,3 +201,10 @@ def test_bad_arguments_of_the_grid() -> None:
         l2_grid(*data(), num_classes=CLASSES, num=0)
     with pytest.raises(ValueError, match=r"labels must be in \[0, 2\)"):
         l2_grid(*data(), num_classes=2)
+    features, labels = data()
+    no_flag: Any = "yes"
+    with pytest.raises(TypeError, match="fit_bias must be True or False, got 'yes'"):
+        l2_grid(features, labels, num_classes=CLASSES, fit_bias=no_flag)
+    words: Any = ["cat"] * len(features)  # of which the message has the first ones
+    with pytest.raises(TypeError, match=r"an array of numbers, got \['cat'.*\.\.\.\]"):
+        l2_grid(features, words, num_classes=CLASSES)
