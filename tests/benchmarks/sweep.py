@@ -305,8 +305,12 @@ def picture(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     for name, curve in curves.items():
-        print(f"\nmilliseconds a fit, {name}:", dict(zip(counts, np.round(curve, 2), strict=True)))
-    print(f"scikit-learn, replicates one by one: {peers}\npicture: {path}")
+        print(
+            f"\nmilliseconds a fit, {name}:",
+            dict(zip(counts, np.round(curve, 2).tolist(), strict=True)),
+        )
+    each = {solver: round(milliseconds, 2) for solver, milliseconds in peers.items()}
+    print(f"scikit-learn, replicates one by one: {each}\npicture: {path}")
 
 
 def main() -> None:
