@@ -299,11 +299,13 @@ def test_a_fold_of_one_class_alone_has_a_score_by_its_logits(scoring: str) -> No
 
 def test_an_average_over_folds_lies_between_them_though_one_lacks_a_class() -> None:
     X, y = iris()
+    kept = (y != 2) | (np.cumsum(y == 2) <= 15)  # a rare class, so that biases are not all 0
+    X, y = X[kept], y[kept]
     splits = list(StratifiedKFold(3).split(X, y))
     splits[0] = (splits[0][0][y[splits[0][0]] != 2], splits[0][1])
     model = small(Cs=[0.01], cv=splits, refit=False).fit(1e-3 * X, y)
     paths = model.coefs_paths_[:, 0, :, -1]
-    relative = (paths[1:, 2] - paths[1:, :2].mean(1)).round(6)
+    relative = paths[1:, 2] - paths[1:, :2].mean(1)
     ours = model.intercept_[2] - model.intercept_[:2].mean()
     assert relative.min() - 1e-5 <= ours <= relative.max() + 1e-5
     np.testing.assert_allclose(model.intercept_.sum(), 0, atol=1e-6)
