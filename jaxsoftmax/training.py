@@ -12,7 +12,7 @@
 not, and for optimisers of one's own. `train` is a loop over `train_step`, for those who write their
 own loop.
 
-Shapes are those of `jaxsoftmax.objective`. A batch is a problem of its own, with its mean loss.
+Shapes are those of `jaxsoftmax.regression`. A batch is a problem of its own, with its mean loss.
 """
 
 from collections.abc import Iterator
@@ -28,10 +28,10 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Int, Shaped
 
 from jaxsoftmax import _checks
-from jaxsoftmax._problem import make_problem
 from jaxsoftmax._progress import progress_bar
 from jaxsoftmax.losses import cross_entropy
-from jaxsoftmax.objective import Params, linear_logits, objective
+from jaxsoftmax.regression._data import make_problem
+from jaxsoftmax.regression._objective import Params, linear_logits, objective
 
 
 class TrainState(NamedTuple):

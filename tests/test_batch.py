@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jaxsoftmax import Fit, Params, Status, _batch, _preconditioner, fit
-from jaxsoftmax._execution import Lanes
+from jaxsoftmax import Fit, Params, Status, fit
+from jaxsoftmax._runtime import Lanes
+from jaxsoftmax.regression.solver import _preconditioner
+from jaxsoftmax.regression.solver import _vmapped as _batch
 from tests.fits import CLASSES, EXAMPLES, L2, WIDTH, data
 from tests.helpers import WIDE
 from tests.test_paths import DOUBLE, TOL, entry, same, small_fit

@@ -32,8 +32,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, scale
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from jaxsoftmax import Status, _persistence, fit
-from jaxsoftmax.estimator import SoftmaxRegression
+from jaxsoftmax import Status, fit
+from jaxsoftmax.estimator import SoftmaxRegression, _persistence
 from tests.helpers import X64
 
 # Bad parameters and integers for floats go in on purpose.
@@ -224,7 +224,7 @@ def test_folds_of_nearly_one_size_share_a_program() -> None:
 def test_large_features_are_not_copied_for_a_common_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     X, y = iris()
     coef, probabilities = fitted().coef_, fitted().predict_proba(X)
-    monkeypatch.setattr("jaxsoftmax._conversions._PADDED", 500)
+    monkeypatch.setattr("jaxsoftmax.estimator._conversions._PADDED", 500)
     model = SoftmaxRegression().fit(X, y)
     np.testing.assert_allclose(model.coef_, coef, rtol=1e-6)
     np.testing.assert_allclose(model.predict_proba(X), probabilities, atol=1e-9)

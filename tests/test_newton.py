@@ -5,20 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoftmax import Params, _coordinates, _preconditioner, linear_logits
-from jaxsoftmax import objective as objective_module
-from jaxsoftmax._conjugate_gradient import (
+from jaxsoftmax import Params, linear_logits
+from jaxsoftmax.regression import _objective as objective_module
+from jaxsoftmax.regression._data import Problem, make_problem, thinned
+from jaxsoftmax.regression._objective import centred, curvature, objective, value_and_gradient
+from jaxsoftmax.regression.solver import _coordinates, _preconditioner
+from jaxsoftmax.regression.solver._certificate import gap_scale
+from jaxsoftmax.regression.solver._cg import (
     Progress,
     conjugate_gradient,
     empty_memory,
     informed,
 )
-from jaxsoftmax._implicit import solve_hessian
-from jaxsoftmax._newton import newton_cg
-from jaxsoftmax._problem import Problem, make_problem, thinned
-from jaxsoftmax.certificate import gap_scale
-from jaxsoftmax.objective import centred, curvature, objective, value_and_gradient
-from jaxsoftmax.solvers import Fit, Status
+from jaxsoftmax.regression.solver._implicit import solve_hessian
+from jaxsoftmax.regression.solver._lbfgs import Fit, Status
+from jaxsoftmax.regression.solver._newton import newton_cg
 from tests.helpers import WIDE, eps
 
 EXAMPLES, WIDTH, CLASSES, L2 = 30, 4, 3, 0.05

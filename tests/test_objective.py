@@ -9,8 +9,8 @@ from sklearn._loss import HalfMultinomialLoss
 from sklearn.linear_model._linear_loss import LinearModelLoss
 
 from jaxsoftmax import Params, linear_logits
-from jaxsoftmax._problem import Problem, make_problem
-from jaxsoftmax.objective import centred, objective
+from jaxsoftmax.regression._data import Problem, make_problem
+from jaxsoftmax.regression._objective import centred, objective
 from tests.helpers import WIDE, eps, in_double
 
 EXAMPLES, WIDTH, CLASSES, L2 = 30, 4, 3, 0.05

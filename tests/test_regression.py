@@ -11,9 +11,9 @@ from jax.test_util import check_grads
 from sklearn.linear_model import LogisticRegression
 
 from jaxsoftmax import Fit, Params, Status, diverging_weights, fit, linear_logits, softmax
-from jaxsoftmax import objective as objective_module
-from jaxsoftmax._problem import make_problem
-from jaxsoftmax.objective import objective
+from jaxsoftmax.regression import _objective as objective_module
+from jaxsoftmax.regression._data import make_problem
+from jaxsoftmax.regression._objective import objective
 from tests.fits import CLASSES, EXAMPLES, L2, TOL, WIDTH, data, small_fit, status
 from tests.helpers import WIDE, eps, in_double
 

@@ -10,8 +10,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from jaxsoftmax import Params, training
-from jaxsoftmax._problem import make_problem
-from jaxsoftmax.objective import objective
+from jaxsoftmax.regression._data import make_problem
+from jaxsoftmax.regression._objective import objective
 from tests.helpers import WIDE
 
 pytestmark = [pytest.mark.single, pytest.mark.slow]

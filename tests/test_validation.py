@@ -14,7 +14,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold
 
 from jaxsoftmax import CrossValidation, Status, cross_validate, l2_grid, stratified_folds
-from jaxsoftmax.validation import _chosen
+from jaxsoftmax.regression._validation import _chosen
 from tests.fits import CLASSES, EXAMPLES, data
 from tests.helpers import WIDE
 from tests.test_paths import DOUBLE, L2S, TOL, entry, same, small_fit

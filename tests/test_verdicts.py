@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxsoftmax import Fit, Params, Status, fit
-from jaxsoftmax import _preconditioner as preconditioner
-from jaxsoftmax._problem import make_problem
-from jaxsoftmax.objective import objective
+from jaxsoftmax.regression._data import make_problem
+from jaxsoftmax.regression._objective import objective
+from jaxsoftmax.regression.solver import _preconditioner as preconditioner
 from tests.fits import CLASSES, EXAMPLES, L2, WIDTH, data, small_fit, status
 from tests.helpers import WIDE, eps, in_double
 

@@ -39,8 +39,8 @@ from sklearn.datasets import load_digits, load_wine
 from sklearn.linear_model import LogisticRegression
 
 from jaxsoftmax import Params, Status, fit
-from jaxsoftmax._newton import newton_cg
-from jaxsoftmax._problem import make_problem
+from jaxsoftmax.regression._data import make_problem
+from jaxsoftmax.regression.solver._newton import newton_cg
 from tests.benchmarks._measure import environment, medians, stored
 
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None

@@ -1,0 +1,248 @@
+"""Softmax regression: multinomial logistic regression fitted to a certified optimum."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Shaped
+
+from jaxsoftmax import _checks
+from jaxsoftmax._runtime import partitioned, precise
+from jaxsoftmax.functional._stable import compute_dtype
+from jaxsoftmax.regression._data import Problem, make_problem
+from jaxsoftmax.regression._objective import Params, centred, objective, value_and_gradient
+from jaxsoftmax.regression.solver import _vmapped as _batch
+from jaxsoftmax.regression.solver._implicit import solve_hessian
+from jaxsoftmax.regression.solver._lbfgs import Fit, Status, lbfgs
+
+SOLVERS = ("auto", "newton_cg", "lbfgs")
+
+
+def fit(
+    features: Shaped[ArrayLike, "examples features"],
+    labels: Shaped[ArrayLike, "examples *classes"],
+    *,
+    num_classes: int,
+    l2: Shaped[ArrayLike, ""] = 1e-4,
+    sample_weight: Shaped[ArrayLike, " examples"] | None = None,
+    offset: Shaped[ArrayLike, "examples classes"] | None = None,
+    init: Params | None = None,
+    fit_bias: bool = True,
+    solver: str = "auto",
+    tol: Shaped[ArrayLike, ""] = 1e-6,
+    max_iter: int = 100,
+) -> Fit:
+    r"""Fit a softmax regression.
+
+    .. math:: \min_{W, b} \sum_i c_i\, \ell(W x_i + b + o_i,\, y_i) + \tfrac{\lambda}{2} \|W\|^2
+
+    with the cross-entropy :math:`\ell`, features x, labels y, offsets o, penalty :math:`\lambda`
+    (`l2`) and shares :math:`c_i = w_i / \sum_j w_j` of the weights w (`sample_weight`). The bias is
+    not penalised.
+
+    It is a pure function: it works under `jit` (with `num_classes`, `fit_bias`, `solver` and
+    `max_iter` static), under `vmap` over any array argument, and inside `scan`. One problem shape
+    is compiled once. Examples may be sharded over a mesh; the result is then the same on all of it.
+
+    Under `vmap` over `l2` alone the problems are a path, in which each fit starts where those under
+    stronger penalties point to. Problems of the same features that differ in other arrays advance
+    side by side, in groups of up to 16: their products with the features are one product. Where
+    `features` differ, or `l2` together with other arrays, they are solved one by one. `vmap` of a
+    `vmap` over `l2` gives paths side by side.
+
+    Parameters and objective of the result can be differentiated with respect to `features`, `l2`,
+    `sample_weight`, `offset` and probability labels, any number of times and both forward and
+    reverse: by the implicit function theorem, :math:`dW = -H^+ d\nabla f`, which is right as far as
+    the fit has converged.
+
+    Args:
+      features: (examples, features), real; bfloat16 and float16 are computed in float32.
+      labels: integer classes (examples,), or probabilities (examples, classes) whose rows sum to 1.
+      num_classes: number of classes, at least 2.
+      l2: penalty on the weights, at least 0. scikit-learn's `C` is 1 / (l2 * sum(sample_weight)).
+      sample_weight: (examples,), not negative; weight 2 equals a repeated example, 0 a dropped one,
+        whose features must be finite all the same. None for 1.
+      offset: (examples, classes), added to the logits. None for 0.
+      init: parameters to start from, for example of a similar fit. None for 0.
+      fit_bias: whether to fit the bias; without, it is 0.
+      solver: "newton_cg", truncated Newton with a preconditioner, or "lbfgs", optax's, the plain
+        reference; "auto" is "newton_cg", which was the faster at every shape that was measured.
+      tol: bound on (objective - minimum) / objective at which the fit has converged.
+      max_iter: the most iterations of the solver.
+
+    Returns:
+      A `Fit`. Its parameters sum to 0 over the classes. A class that no example of positive weight
+      has gets bias -inf, which is probability 0, and weights 0. Where the objective is not finite,
+      as with NaN or inf in an array, the status is DIVERGED and the parameters are NaN; so it is,
+      under jit, where a value is invalid (the list under Raises). Separable data without a penalty
+      have no optimum: the status is then SEPARABLE, the parameters are finite and separate the
+      classes, and `diverging_weights` says along which columns they grow.
+
+    Raises:
+      TypeError: an array is not real, `labels` is boolean or floating without a class axis, or
+        `num_classes`, `max_iter`, `fit_bias`, `init` or `solver` has another type.
+      ValueError: a shape does not fit; `num_classes` is below 2; `max_iter` is negative; `solver`
+        is unknown; or, outside jit, a label is out of range, a row of probability labels is
+        negative or does not sum to 1, `l2` is negative, `tol` is not positive, or `sample_weight`
+        has a negative entry or no positive one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax import Status, fit, linear_logits, softmax
+      >>> features = jnp.array([[0.0], [1.0], [2.0], [3.0]])
+      >>> result = fit(features, jnp.array([0, 1, 0, 1]), num_classes=2, l2=0.1)
+      >>> Status(int(result.status)).name
+      'CONVERGED'
+      >>> softmax(linear_logits(result.params, features)).round(2)
+      Array([[0.75, 0.25],
+             [0.59, 0.41],
+             [0.41, 0.59],
+             [0.25, 0.75]], dtype=float32)
+
+    Reference:
+      Hastie, Tibshirani, Friedman (2009), The Elements of Statistical Learning, section 4.4.
+    """
+    arrays, static = checked(
+        features,
+        labels,
+        num_classes=num_classes,
+        l2=_checks.scalar("l2", l2),
+        sample_weight=sample_weight,
+        offset=offset,
+        init=init,
+        fit_bias=fit_bias,
+        solver=solver,
+        tol=tol,
+        max_iter=max_iter,
+    )
+    return solved(*arrays, **static)
+
+
+def checked(
+    features: ArrayLike,
+    labels: ArrayLike,
+    *,
+    num_classes: int,
+    l2: Array,
+    sample_weight: ArrayLike | None,
+    offset: ArrayLike | None,
+    init: Params | None,
+    fit_bias: bool,
+    solver: str,
+    tol: ArrayLike,
+    max_iter: int,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `fit` as the arrays and the static ones of `solved`, or an error."""
+    num_classes = _checks.integer("num_classes", num_classes, least=2)
+    max_iter = _checks.integer("max_iter", max_iter, least=0)
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}, got {solver!r}")
+    solver = "newton_cg" if solver == "auto" else solver
+    fit_bias = _checks.boolean("fit_bias", fit_bias)
+    features, labels = _checks.examples(features, labels, num_classes)
+    examples, width = features.shape
+    dtype = compute_dtype(features.dtype)
+    l2 = l2.astype(dtype)
+    tol = _checks.scalar("tol", tol, positive=True).astype(dtype)
+    shape = (examples, num_classes)
+    sample_weight, offset = _checks.weights_and_offset(sample_weight, offset, shape)
+    if init is not None:
+        if not isinstance(init, Params):
+            raise TypeError(f"init must be a Params, got a {type(init).__name__}")
+        init = Params(
+            weights=_checks.real_array("init.weights", init.weights).astype(dtype),
+            bias=_checks.real_array("init.bias", init.bias).astype(dtype),
+        )
+        _checks.has_shape("init.weights", init.weights, (num_classes, width), "(classes, features)")
+        _checks.has_shape("init.bias", init.bias, (num_classes,), "(classes,)")
+    limit = jnp.asarray(min(max_iter, jnp.iinfo(jnp.int32).max), jnp.int32)
+    arrays = features, labels, l2, sample_weight, offset, init, tol, limit
+    return arrays, {"num_classes": num_classes, "fit_bias": fit_bias, "solver": solver}
+
+
+@partial(jax.jit, static_argnames=("num_classes", "fit_bias", "solver"))
+@precise
+@partitioned
+def solved(
+    features: Array,
+    labels: Array,
+    l2: Array,
+    sample_weight: Array | None,
+    offset: Array | None,
+    init: Params | None,
+    tol: Array,
+    max_iter: Array,
+    *,
+    num_classes: int,
+    fit_bias: bool,
+    solver: str,
+) -> Fit:
+    """`fit` of checked arguments."""
+    problem = make_problem(
+        features,
+        labels,
+        l2=l2,
+        sample_weight=sample_weight,
+        offset=offset,
+        num_classes=num_classes,
+    )
+    classes, dtype = problem.classes, problem.share.dtype
+    assert classes is not None
+    if init is None:
+        init = Params(
+            weights=jnp.zeros((num_classes, features.shape[1]), dtype),
+            bias=jnp.zeros(num_classes, dtype),
+        )
+    else:
+        # A class absent from the fit that gave `init` has bias -inf there, and may be present here.
+        finite = jnp.where(init.bias == -jnp.inf, 0, init.bias)
+        init = init._replace(bias=finite if fit_bias else jnp.zeros_like(finite))
+        init = centred(init, classes)
+    result = _optimum(fit_bias, solver, problem, init, tol, max_iter)
+    result = result._replace(status=jnp.where(tol > 0, result.status, Status.DIVERGED))
+    weights, bias = result.params
+    poison = jnp.where(result.status == Status.DIVERGED, jnp.nan, 0).astype(dtype)
+    params = Params(weights + poison, jnp.where(classes, bias, -jnp.inf) + poison)
+    return result._replace(params=params, gap=result.gap + poison)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _optimum(
+    fit_bias: bool, solver: str, problem: Problem, init: Params, tol: Array, max_iter: Array
+) -> Fit:
+    newton = _batch.solver(fit_bias=fit_bias)
+    if solver != "lbfgs":
+        return newton(problem, init, tol, max_iter)
+
+    def value(params: Params) -> Array:
+        return objective(params, problem, fit_bias=fit_bias)
+
+    def certify(params: Params) -> Fit:
+        return newton(problem, params, tol, jnp.zeros_like(max_iter))
+
+    return lbfgs(value, certify, init, tol=tol, max_iter=max_iter)
+
+
+@_optimum.defjvp
+@precise
+def _optimum_jvp(fit_bias: bool, solver: str, primals: Any, tangents: Any) -> tuple[Fit, Fit]:
+    """At the optimum the gradient g is 0 whatever the problem: H dW = -dg, with dg at fixed W."""
+    problem = primals[0]
+    fit = _optimum(fit_bias, solver, *primals)
+
+    def at_fixed_params(problem: Problem) -> tuple[Array, Params]:
+        return value_and_gradient(fit.params, problem)
+
+    _, (change, gradient) = jax.jvp(at_fixed_params, (problem,), (tangents[0],))
+    right = jax.tree.map(jnp.negative, gradient)
+    nothing = jax.tree.map(lambda v: np.zeros(v.shape, jax.dtypes.float0), fit)
+    return fit, nothing._replace(
+        params=solve_hessian(fit.params, problem, right, fit_bias=fit_bias),
+        objective=change,
+        gap=jnp.zeros_like(fit.gap),
+        gradient_norm=jnp.zeros_like(fit.gradient_norm),
+    )

@@ -1,0 +1,352 @@
+"""Cross-validation: fits judged by examples that they have not seen."""
+
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, Shaped
+
+from jaxsoftmax import _checks
+from jaxsoftmax._runtime import partitioned, precise
+from jaxsoftmax.functional import softmax
+from jaxsoftmax.losses import cross_entropy
+from jaxsoftmax.regression._data import Problem, make_problem, probabilities, sum_over_rows
+from jaxsoftmax.regression._fit import checked, solved
+from jaxsoftmax.regression._objective import Params
+from jaxsoftmax.regression._path import l2_grid
+from jaxsoftmax.regression.solver._lbfgs import Fit
+
+_LOGITS = 2**20  # of a block of examples that are scored
+
+
+class CrossValidation(NamedTuple):
+    """Fits and scores of a cross-validation, a pytree.
+
+    Attributes:
+      l2s: the penalties.
+      path: the fits of all examples, a `Fit` with an axis of penalties.
+      fold_fits: those without the held-out examples of each fold, with axes (folds, penalties).
+      log_loss: mean cross-entropy of the held-out examples, in nats.
+      accuracy: the fraction of them whose most probable class is theirs.
+      brier: mean of the squared distance between their probabilities and their labels, 0 to 2.
+      best: index of the penalty with the least log-loss, averaged over the folds. Where a fold
+        holds out a class that it has not seen, that log-loss is infinite; here it is the mean of
+        the other examples, and a fold that has none does not count.
+      one_standard_error: index of the largest penalty whose mean log-loss is within one standard
+        error of that.
+    """
+
+    l2s: Float[Array, "*problems penalties"]
+    path: Fit
+    fold_fits: Fit
+    log_loss: Float[Array, "*problems folds penalties"]
+    accuracy: Float[Array, "*problems folds penalties"]
+    brier: Float[Array, "*problems folds penalties"]
+    best: Int[Array, "*problems"]
+    one_standard_error: Int[Array, "*problems"]
+
+    def fit(self, *, one_standard_error: bool = False) -> Fit:
+        """The fit of all examples under the chosen penalty."""
+        index = self.one_standard_error if one_standard_error else self.best
+
+        def chosen(values: Array) -> Array:
+            axis = index.ndim  # problems come first
+            one = jnp.expand_dims(index, range(axis, values.ndim))
+            return jnp.take_along_axis(values, one, axis).squeeze(axis)
+
+        result: Fit = jax.tree.map(chosen, self.path)
+        return result
+
+
+def cross_validate(
+    features: Shaped[ArrayLike, "examples features"],
+    labels: Shaped[ArrayLike, "examples *classes"],
+    *,
+    num_classes: int,
+    l2s: Shaped[ArrayLike, " penalties"] | None = None,
+    folds: int | Shaped[ArrayLike, "*folds examples"] = 5,
+    sample_weight: Shaped[ArrayLike, " examples"] | None = None,
+    fit_bias: bool = True,
+    solver: str = "auto",
+    tol: Shaped[ArrayLike, ""] = 1e-6,
+    max_iter: int = 100,
+) -> CrossValidation:
+    """Fits under several penalties, each judged by examples that it has not seen.
+
+    The folds are weights of 0 and 1 for the same features, of which no copy is made. They advance
+    together along the path of penalties, and so does the fit of all examples: one program of
+    (folds + 1) x penalties fits, each certified by itself.
+
+    Args:
+      features, labels, num_classes, fit_bias, solver, tol, max_iter: as in `fit`.
+      l2s: (penalties,), at least 0, in any order. None for those of `l2_grid`.
+      folds: number of folds, as made by `stratified_folds`; or integers (examples,), the fold that
+        holds out each example, -1 for none; or masks (folds, examples): 1 for an example that is
+        held out, 0 for one that is fitted, -1 for neither.
+      sample_weight: (examples,), not negative; counts in fits and scores. None for 1.
+
+    Returns:
+      A `CrossValidation`.
+
+    Raises:
+      TypeError, ValueError: as in `fit`; or `l2s` has not rank 1 or no entry; or `folds` is below
+        2, has another shape or other values, are integers that are traced, whose number is then
+        unknown, or a fold holds out, or fits, no example of positive weight.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax import cross_validate
+      >>> features = jnp.array([0, 4, 1, 3, 2, 5, 9, 5, 8, 4, 7, 6.0])[:, None]
+      >>> labels = jnp.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
+      >>> result = cross_validate(
+      ...     features, labels, num_classes=2, l2s=jnp.array([10.0, 0.1]), folds=3
+      ... )
+      >>> result.log_loss.shape
+      (3, 2)
+      >>> print(result.l2s[result.best])
+      0.1
+      >>> result.fit().params.weights.shape
+      (2, 1)
+
+    Reference:
+      Hastie, Tibshirani, Friedman (2009), The Elements of Statistical Learning, section 7.10.
+    """
+    if l2s is None:
+        l2s = l2_grid(
+            features,
+            labels,
+            num_classes=num_classes,
+            sample_weight=sample_weight,
+            fit_bias=fit_bias,
+        )
+    arrays, static = checked(
+        features,
+        labels,
+        num_classes=num_classes,
+        l2=_checks.penalties("l2s", l2s),
+        sample_weight=sample_weight,
+        offset=None,
+        init=None,
+        fit_bias=fit_bias,
+        solver=solver,
+        tol=tol,
+        max_iter=max_iter,
+    )
+    x, y, penalties, weight, *others = arrays
+    masks = fold_masks(folds, y, weight)
+    return _cross_validated(masks, x, y, penalties, weight, *others, **static)
+
+
+def stratified_folds(
+    labels: Shaped[ArrayLike, "examples *classes"],
+    num_folds: int,
+    *,
+    key: Array | None = None,
+) -> Int[Array, " examples"]:
+    """Folds of nearly equal size, overall and within each class.
+
+    Args:
+      labels: integer classes (examples,), or probabilities (examples, classes), of which the
+        largest counts.
+      num_folds: how many folds, at least 2.
+      key: a `jax.random.key` to shuffle the examples; without one, each fold holds out examples of
+        a class that follow each other.
+
+    Returns:
+      Integers (examples,) from 0 to `num_folds` - 1, the fold that holds out each example.
+
+    Raises:
+      TypeError: `labels` are no classes and no probabilities, or `num_folds` is no integer.
+      ValueError: `num_folds` is below 2, or `labels` have another rank.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax import stratified_folds
+      >>> print(stratified_folds(jnp.array([0, 0, 0, 0, 1, 1, 1, 1]), 2))
+      [0 0 1 1 0 0 1 1]
+    """
+    num_folds = _checks.integer("num_folds", num_folds, least=2)
+    classes = _checks.label_array(labels)
+    if classes.ndim not in (1, 2):
+        raise ValueError(
+            f"labels must have shape (examples,) or (examples, classes), got shape {classes.shape}"
+        )
+    if not _checks.class_labels(classes, classes.shape[:1], "(examples,)"):
+        classes = jnp.argmax(classes, 1)
+    count = len(classes)
+    shuffled = jnp.arange(count) if key is None else jax.random.permutation(key, count)
+    classes = classes[shuffled]
+    # Sorted by class, every num_folds-th example is of the same fold; within a class the same
+    # folds are then given out in order.
+    by_class = jnp.argsort(classes)
+    turns = jnp.arange(count, dtype=jnp.int32) % num_folds
+    ordered = turns[jnp.lexsort((turns, classes[by_class]))]
+    return jnp.zeros(count, jnp.int32).at[shuffled[by_class]].set(ordered)
+
+
+def fold_masks(
+    folds: int | ArrayLike, labels: Array, sample_weight: Array | None
+) -> Shaped[Array, "folds examples"]:
+    """1 for examples that a fold holds out, 0 for those that it fits, -1 for neither."""
+    examples = labels.shape[0]
+    rank = np.ndim(folds)
+    if rank == 0:
+        count = _checks.integer("folds", cast(int, folds), least=2)
+        return _members(stratified_folds(labels, count), count)
+    if rank == 1:
+        ids = _checks.known(folds)
+        if ids is None:
+            raise TypeError(
+                "folds as integers (examples,) must be known to the trace, since their number is a "
+                "shape; give masks (folds, examples)"
+            )
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise TypeError(f"folds of rank 1 must be integers, got dtype {ids.dtype}")
+        _checks.has_shape("folds", jnp.asarray(ids), (examples,), "(examples,)")
+        if ids.min() < -1 or ids.max() < 1:
+            raise ValueError(
+                "folds must be -1 or a fold from 0 on, of which there are at least 2, "
+                f"got values from {ids.min()} to {ids.max()}"
+            )
+        masks = _members(jnp.asarray(ids), int(ids.max()) + 1)
+    else:
+        masks = _checks.array("folds", folds)
+        if masks.dtype == jnp.bool_:
+            masks = masks.astype(jnp.int8)
+        if masks.ndim != 2 or masks.shape[0] == 0 or masks.shape[1] != examples:
+            raise ValueError(
+                f"folds must have shape (folds, examples) = (folds, {examples}), "
+                f"got shape {masks.shape}"
+            )
+    if (values := _checks.known(masks)) is not None:
+        if not np.isin(values, (-1, 0, 1)).all():
+            raise ValueError("folds as masks must be 1 (held out), 0 (fitted) or -1 (neither)")
+        counts = _checks.known(jnp.ones(examples) if sample_weight is None else sample_weight)
+        for value, verb in ((1, "holds out"), (0, "fits")):
+            if counts is None or (some := ((values == value) & (counts > 0)).any(1)).all():
+                continue
+            raise ValueError(
+                f"every fold must hold out and fit examples of positive weight; fold "
+                f"{some.argmin()} {verb} none"
+            )
+    return masks
+
+
+def _members(ids: Array, count: int) -> Array:
+    return (ids == jnp.arange(count, dtype=ids.dtype)[:, None]).astype(jnp.int8)
+
+
+class Scores(NamedTuple):
+    """Means over held-out examples; `known_log_loss` is that of those with a finite one, and
+    infinite if there are none."""
+
+    log_loss: Array
+    known_log_loss: Array
+    accuracy: Array
+    brier: Array
+
+
+@partial(jax.jit, static_argnames=("num_classes", "fit_bias", "solver"))
+@precise
+@partitioned
+def validated(
+    features: Array,
+    labels: Array,
+    l2s: Array,
+    fitted: Array,
+    held_out: Array,
+    *others: Any,
+    **static: Any,
+) -> tuple[Fit, Scores]:
+    """Fits with weights `fitted` (fits, examples) under `l2s` (fits, penalties), and scores of the
+    first of them with weights `held_out` (folds, examples)."""
+
+    def fit(weight: Array, l2: Array) -> Fit:
+        return solved(features, labels, l2, weight, *others, **static)
+
+    fits = jax.vmap(jax.vmap(fit, (None, 0)))(fitted, l2s)
+
+    def scores_of_fold(of_fold: tuple[Array, Params]) -> Scores:
+        weight, params = of_fold
+        problem = make_problem(features, labels, l2=jnp.zeros_like(l2s[0, 0]), sample_weight=weight)
+        return lax.map(lambda params: _scores(params, problem), params)
+
+    of_folds = jax.tree.map(lambda values: values[: len(held_out)], fits.params)
+    return fits, lax.map(scores_of_fold, (held_out, of_folds))
+
+
+@partial(jax.jit, static_argnames=("num_classes", "fit_bias", "solver"))
+@partitioned
+def _cross_validated(
+    masks: Array,
+    features: Array,
+    labels: Array,
+    l2s: Array,
+    sample_weight: Array | None,
+    *others: Any,
+    **static: Any,
+) -> CrossValidation:
+    """`cross_validate` of checked arguments. The last of the fits is that of all examples."""
+    weight = jnp.ones(len(features), l2s.dtype) if sample_weight is None else sample_weight
+    fitted = jnp.concatenate([jnp.where(masks == 0, weight, 0), weight[None]])
+    held_out = jnp.where(masks == 1, weight, 0)
+    of_fits = jnp.broadcast_to(l2s, (len(fitted), *l2s.shape))
+    fits, scores = validated(features, labels, of_fits, fitted, held_out, *others, **static)
+    best, one_standard_error = _chosen(scores.known_log_loss, l2s)
+    return CrossValidation(
+        l2s=l2s,
+        path=jax.tree.map(lambda values: values[-1], fits),
+        fold_fits=jax.tree.map(lambda values: values[:-1], fits),
+        log_loss=scores.log_loss,
+        accuracy=scores.accuracy,
+        brier=scores.brier,
+        best=best,
+        one_standard_error=one_standard_error,
+    )
+
+
+def _scores(params: Params, problem: Problem) -> Scores:
+    classes = params.bias.size
+
+    def block(rows: Problem) -> tuple[Scores, Array]:
+        logits = params.weights @ rows.features.astype(params.weights.dtype).T
+        logits += params.bias[:, None]
+        # Under a class that was not fitted, with probability 0, its bias is -inf.
+        p = softmax(logits, 0)
+        targets = probabilities(rows, classes)
+        own = jnp.argmax(targets, 0)
+        losses = cross_entropy(logits, rows.labels, axis=0)
+        known = losses != jnp.inf
+        scores = Scores(
+            log_loss=losses,
+            known_log_loss=jnp.where(known, losses, 0),
+            # The largest of NaN is the first, which is no answer.
+            accuracy=jnp.where(
+                jnp.isnan(losses), losses, (jnp.argmax(logits, 0) == own).astype(p.dtype)
+            ),
+            brier=jnp.sum((p - targets) ** 2, 0),
+        )
+        return jax.tree.map(
+            lambda v: jnp.sum(jnp.where(rows.share == 0, 0, rows.share * v)),
+            (scores, known.astype(p.dtype)),
+        )
+
+    scores, share = sum_over_rows(block, problem, max(_LOGITS // classes, 1))
+    known = jnp.where(share > 0, scores.known_log_loss / jnp.where(share > 0, share, 1), jnp.inf)
+    return scores._replace(known_log_loss=known)
+
+
+def _chosen(losses: Float[Array, "folds penalties"], l2s: Array) -> tuple[Array, Array]:
+    """The penalty of the least mean, and the largest one within one standard error of it; not one
+    whose fits diverged. A fold whose losses are all infinite does not count."""
+    counts = jnp.any(losses != jnp.inf, 1, keepdims=True)
+    count = jnp.maximum(jnp.sum(counts), 1).astype(losses.dtype)
+    mean = jnp.sum(jnp.where(counts, losses, 0), 0) / count
+    variance = jnp.sum(jnp.where(counts, (losses - mean) ** 2, 0), 0) / jnp.maximum(count - 1, 1)
+    best = jnp.argmin(jnp.where(jnp.isnan(mean), jnp.inf, mean))
+    within = mean <= mean[best] + jnp.sqrt(variance[best] / count)
+    return best, jnp.argmax(jnp.where(within, l2s, -1))
