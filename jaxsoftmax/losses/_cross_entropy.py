@@ -279,7 +279,7 @@ def _integer_cross_entropy(logits: Array, labels: Array, where: Array | None, ro
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _loss_and_residuals(
+def loss_and_residuals(
     logits: Array, labels: Array, where: Array | None, rows: Rows
 ) -> tuple[Array, Array]:
     """The same loss, and p - e_c, its gradient, for its rule.
@@ -301,20 +301,20 @@ def _loss_and_residuals(
 def _integer_cross_entropy_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     """d l = sum_k (p - e_c)_k dz_k."""
     (logits, labels, where), (dlogits, _, _) = primals, tangents
-    loss, residuals = _loss_and_residuals(logits, labels, where, rows)
+    loss, residuals = loss_and_residuals(logits, labels, where, rows)
     recomputed = logits.dtype == jnp.float16  # as in _stable.saved
 
     @_stable.linear_map
     def linear(r: Array, labels: Any, where: Array | None, dlogits: Array) -> Array:
         if recomputed:
-            _, r = _loss_and_residuals(wide(r), labels, where, rows)
+            _, r = loss_and_residuals(wide(r), labels, where, rows)
         return rows.sum(wide(r) * keep(where, wide(dlogits)))
 
     kept = (logits, labels) if recomputed else (residuals, None)
     return loss, linear(*kept, where, dlogits)
 
 
-@_loss_and_residuals.defjvp
+@loss_and_residuals.defjvp
 def _loss_and_residuals_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     """d (p - e_c) = d p."""
     (logits, labels, where), (dlogits, _, _) = primals, tangents
@@ -325,4 +325,4 @@ def _loss_and_residuals_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     _, (dloss, dp) = jax.jvp(loss_and_softmax, (logits,), (dlogits,))
     label = _labels.locate(labels, logits.shape, rows)
     valid = _stable.only_if(label.valid, jnp.ones((), dp.dtype))
-    return _loss_and_residuals(logits, labels, where, rows), (dloss, valid * dp)
+    return loss_and_residuals(logits, labels, where, rows), (dloss, valid * dp)
