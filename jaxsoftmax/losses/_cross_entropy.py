@@ -288,8 +288,11 @@ def loss_and_residuals(
     share. So it keeps its digits for a confident label, as the loss does.
     """
     d, is_label, own, label = _terms(logits, labels, where, rows)
-    e = jnp.where(is_label, 0, jnp.exp(d))
-    (others,) = rows.sums(e)
+    e = jnp.exp(d)
+    rest = jnp.where(is_label, 0, e)
+    (others,) = rows.sums(rest, reused=True)
+    if not rows.in_loop(e, sums=1, reused=True):
+        e = rest  # is written out anyway
     loss = _stable.or_empty(_labels.log_total(others, own), 0.0, where, rows) - own
     total = _stable.or_empty(others + jnp.exp(own), 1.0, where, rows)
     total = _stable.only_if(label.valid, total)
