@@ -1,4 +1,4 @@
-"""What a row of an array spans, and how it is added up: in the form that suits its shape."""
+"""Rows of an array and their reductions, each in the form that suits its shape and device."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,10 +7,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks
+from jaxsoftmax._checks import Axis, AxisName
 
 
 class Rows(NamedTuple):
-    """What a row spans, static: axes of the array and, if it is sharded, axes of the mesh.
+    """The axes that a row spans, static: of the array and, if it is sharded, of the mesh.
 
     Reductions keep the axes with size 1. Only their results travel over the mesh.
     """
@@ -32,8 +36,8 @@ class Rows(NamedTuple):
             total = jnp.sum(values, self.axes, keepdims=True)
         return total if self.axis_name is None else lax.psum(total, self.axis_name)
 
-    def spread(self, total: Array, values: Array) -> Array:
-        """A total of `values`, one per row, in a shape that broadcasts to theirs.
+    def expand(self, total: Array, values: Array) -> Array:
+        """Give a total of `values`, one per row, a shape that broadcasts to theirs.
 
         Its transpose is a sum in the form that suits `values`.
         """
@@ -71,8 +75,8 @@ class Rows(NamedTuple):
     def max(self, values: Array, keep_nan: bool = True) -> Array:
         """The maximum over a row.
 
-        Of a row with a NaN it is NaN, or without `keep_nan`, which is faster, maybe that of the
-        rest.
+        With a NaN in the row it is NaN; without `keep_nan`, which is faster, it may be the maximum
+        of the others.
         """
         dtype = values.dtype
         if dtype.itemsize < 4 and (self._leads(values) or values.size < 4096):
@@ -126,6 +130,14 @@ class Rows(NamedTuple):
         if self.axis_name is None:
             return found
         return lax.pmax(found.astype(jnp.int32), self.axis_name) > 0
+
+
+def check_rows(
+    x: Array, axis: Axis, where: ArrayLike | None, axis_name: AxisName = None
+) -> tuple[Array | None, Rows]:
+    """Check the arguments that say what a row of x is; return the mask and the rows."""
+    rows = Rows(_checks.axis_indices(axis, x.ndim), _checks.axis_names(axis_name))
+    return _checks.mask_array("where", where, x.shape), rows
 
 
 class _Fold(NamedTuple):

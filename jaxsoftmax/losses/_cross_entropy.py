@@ -11,16 +11,33 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Shaped
 
 from jaxsoftmax import _checks
 from jaxsoftmax._checks import AxisName
-from jaxsoftmax.functional import _stable
-from jaxsoftmax.functional._reductions import Rows
-from jaxsoftmax.functional._stable import compute_dtype, keep, wide
+from jaxsoftmax.functional._logsumexp import row_logsumexp
+from jaxsoftmax.functional._reductions import Rows, check_rows
+from jaxsoftmax.functional._softmax import (
+    linear_map,
+    row_log_softmax,
+    row_softmax,
+    softmax_from_residual,
+    softmax_residual,
+)
+from jaxsoftmax.functional._stable import (
+    centre,
+    compute_dtype,
+    exponentials,
+    fill_empty_rows,
+    fill_masked,
+    nan_unless,
+    shift_rows,
+    subtract_max,
+    upcast,
+)
 from jaxsoftmax.losses import _labels
 
 
@@ -42,8 +59,8 @@ def cross_entropy(
               + \zeta \Bigl(\log\sum_k \exp(z_k)\Bigr)^2, \qquad
               y'_k = (1 - \varepsilon) y_k + \frac{\varepsilon}{n}
 
-    with probabilities y as `labels`, or a class c, which stands for y = 1 at c and 0 elsewhere, but
-    costs no array of that size. w is `class_weight`, :math:`\zeta` is `z_loss`,
+    with probabilities y as `labels`, or a class c, which means y = 1 at c and 0 elsewhere but needs
+    no array of that size. w is `class_weight`, :math:`\zeta` is `z_loss`,
     :math:`\varepsilon` is `label_smoothing`, which goes in equal shares to the n allowed classes.
 
     Args:
@@ -52,8 +69,8 @@ def cross_entropy(
         probabilities, floating, of the shape of `logits`, which need not sum to 1.
       axis: the axis of the classes, or several that are taken as one, numbered in the order given.
       where: classes that are allowed, boolean, broadcasting to the shape of `logits`; None for all.
-      label_smoothing: the share of each label that is spread over the allowed classes of its row, a
-        number in [0, 1]. Exclude classes that only pad by `where`: at a logit of -inf their share
+      label_smoothing: the share of each label that goes to the allowed classes of its row, a number
+        in [0, 1]. Exclude classes that only pad by `where`: at a logit of -inf their share
         makes the loss +inf.
       class_weight: (classes,), real; None for 1. The weighted losses are not normalised.
       z_loss: the factor of the squared log-sum-exp, a number of at least 0.
@@ -66,8 +83,8 @@ def cross_entropy(
 
     Returns:
       Loss per example in nats, with the shape of `logits` less `axis`, in float32 or in float64 if
-      `logits` or probabilities have it. It is +inf where a label stands on a masked class or on one
-      with logit -inf, and NaN, with NaN derivatives, where an integer label is out of range, where
+      `logits` or probabilities have it. It is +inf where a label names a masked class or one with
+      logit -inf, and NaN, with NaN derivatives, where an integer label is out of range, where
       there are allowed classes and all their logits are -inf, or where `label_smoothing` or
       `z_loss` is traced and out of range. A probability or a weight of 0 contributes 0 everywhere.
 
@@ -103,201 +120,179 @@ def cross_entropy(
         if not axis or axis_name is not None:
             expected = "name an axis" if axis_name is None else "be a single one with axis_name"
             raise ValueError(f"axis must {expected}, got {axis!r}")
-        logits, labels, where, axis = _flattened(logits, labels, where, axis)
+        logits, labels, where, axis = _flatten_classes(logits, labels, where, axis)
     axis = _checks.axis_index(axis, logits.ndim)
-    rows = Rows((axis,), _checks.axis_names(axis_name))
-    mask = _checks.mask_array("where", where, logits.shape)
+    mask, rows = check_rows(logits, axis, where, axis_name)
     batch = logits.shape[:axis] + logits.shape[axis + 1 :]
     if not _checks.class_labels(labels, batch, "(batch axes of logits)"):
         _checks.has_shape("labels", labels, logits.shape, "(shape of logits)")
         if ignore_label is not None:
             raise ValueError("ignore_label needs integer labels, got probabilities")
-    if class_weight is not None:
-        weight = _checks.real_array("class_weight", class_weight)
-        class_weight = _checks.has_shape(
-            "class_weight", weight, logits.shape[axis : axis + 1], "(classes,)"
-        )
-    smoothing = _checks.scalar("label_smoothing", label_smoothing, most=1.0)
-    z = _checks.scalar("z_loss", z_loss)
-    return _cross_entropy(
-        logits,
-        labels,
-        mask,
-        None if _labels.is_zero(label_smoothing) else smoothing,
-        class_weight,
-        None if _labels.is_zero(z_loss) else z,
-        ignore_label,
-        rows,
-    )
+    options = _labels.check_options(label_smoothing, class_weight, z_loss, logits.shape[axis])
+    return _cross_entropy(logits, labels, mask, options, ignore_label, rows)
 
 
-def _flattened(
+def _flatten_classes(
     logits: Array, labels: Array, where: ArrayLike | None, axes: Sequence[int]
 ) -> tuple[Array, Array, Array | None, int]:
-    """Several axes of classes as one at the end, in the order given, in all arrays that have it."""
+    """Make several axes of classes one at the end, in the order given, in all arrays."""
     _checks.axis_indices(axes, logits.ndim)
     order = [axis % logits.ndim for axis in axes]
     ends, count = range(-len(order), 0), math.prod(logits.shape[axis] for axis in order)
 
-    def flat(values: Array) -> Array:
+    def flatten(values: Array) -> Array:
         moved = jnp.moveaxis(values, order, ends)
         return moved.reshape(*moved.shape[: moved.ndim - len(order)], count)
 
     mask = _checks.mask_array("where", where, logits.shape)
     if mask is not None:
-        mask = flat(jnp.broadcast_to(mask, logits.shape))
+        mask = flatten(jnp.broadcast_to(mask, logits.shape))
     if jnp.issubdtype(labels.dtype, jnp.floating):
-        labels = flat(_checks.has_shape("labels", labels, logits.shape, "(shape of logits)"))
-    return flat(logits), labels, mask, -1
+        labels = flatten(_checks.has_shape("labels", labels, logits.shape, "(shape of logits)"))
+    return flatten(logits), labels, mask, -1
 
 
-@partial(jax.jit, static_argnums=(6, 7))
+@partial(jax.jit, static_argnums=(4, 5))
 def _cross_entropy(
     logits: Array,
     labels: Array,
     where: Array | None,
-    smoothing: Array | None,
-    class_weight: Array | None,
-    z_loss: Array | None,
+    options: _labels.Options,
     ignore_label: int | None,
     rows: Rows,
 ) -> Array:
-    """The loss of the formula above, on checked arrays."""
-    (axis,), axis_name = rows
+    """Evaluate the formula above on checked arrays."""
+    (axis,) = rows.axes
     probabilities = jnp.issubdtype(labels.dtype, jnp.floating)
     dtype = compute_dtype(logits.dtype, *([labels.dtype] if probabilities else []))
     if dtype != compute_dtype(logits.dtype):
         logits = logits.astype(dtype)
-    ignored = None
-    if ignore_label is not None and _labels.holds(labels.dtype, ignore_label):
-        ignored = labels == ignore_label
-        labels = jnp.where(ignored, 0, labels)
-        counted = jnp.expand_dims(~ignored, axis)
+    counted = None
+    if not probabilities:
+        labels, counted = _labels.find_counted(labels, ignore_label)
+    if counted is not None:
+        counted = jnp.expand_dims(counted, axis)
         where = counted if where is None else where & counted
 
-    def weighted(shares: Any) -> Any:
-        """Shares of the classes times their weights; masked ones and those without a share count
-        for nothing, whatever their weight."""
-        if class_weight is None:
-            return shares
-        shape = [1] * axis + [-1] + [1] * (logits.ndim - axis - 1)
-        return _labels.product(shares, keep(where, class_weight.astype(dtype).reshape(shape)))
-
-    share: Any = 1.0  # of the label, and of each allowed class
-    spread: Any = 0.0
-    if smoothing is not None:
-        smoothing = _labels.share_to_spread(smoothing, dtype)
-        n: Any = logits.shape[axis] * (lax.axis_size(axis_name) if axis_name else 1)
+    smoothing, uniform = None, None  # the share of the label that moves, and that of each class
+    if options.label_smoothing is not None:
+        smoothing = _labels.smoothing_share(options.label_smoothing, dtype)
+        n: Any = _labels.count_classes(logits.shape[axis], rows)
         if where is not None:
             n = rows.sum(jnp.broadcast_to(where, logits.shape).astype(dtype))
-        share, spread = 1 - smoothing, keep(where, smoothing / jnp.maximum(n, 1))
+        uniform = fill_masked(where, smoothing / jnp.maximum(n, 1))
 
+    def expect(coefficients: Array) -> Array:
+        if options.class_weight is not None:
+            # Masked classes and those with coefficient 0 count for nothing, whatever their weight.
+            weights = options.class_weight.astype(dtype).reshape(_along(axis, logits.ndim))
+            coefficients = _labels.scale(coefficients, fill_masked(where, weights))
+        return _expectation(coefficients, logits, where, rows)
+
+    label_coefficient = smoothing_loss = None
     if probabilities:
-        shares = weighted(share * labels.astype(dtype) + spread)
-        loss = _expectation(shares, logits, where, rows)
+        y = labels.astype(dtype)
+        label_loss = expect(y if uniform is None else (1 - smoothing) * y + uniform)
     else:
-        loss = _integer_cross_entropy(logits, labels, where, rows)
-        if ignored is not None:
-            loss = jnp.where(jnp.expand_dims(ignored, axis), 0, loss)
-        if class_weight is not None and logits.shape[axis]:
-            label = _labels.locate(labels, logits.shape, rows)
-            own_weight = _labels.own_weight(class_weight.astype(dtype), label, rows)
-            if ignored is not None:
-                own_weight = jnp.where(jnp.expand_dims(ignored, axis), 0, own_weight)
-            share = _labels.product(share, own_weight)
-        if class_weight is not None or smoothing is not None:
-            loss = _labels.product(share, loss)
-        if smoothing is not None:
-            loss = loss + _expectation(weighted(spread), logits, where, rows)
-    if z_loss is not None:
-        loss = loss + _labels.z_penalty(_stable.logsumexp(logits, where, rows), z_loss)
+        label_loss = _integer_cross_entropy(logits, labels, where, rows)
+        if counted is not None:
+            label_loss = jnp.where(counted, label_loss, 0)
+        label = _labels.locate(labels, logits.shape, rows)
+        label_coefficient = _labels.label_coefficient(options, label, counted, rows, dtype)
+        smoothing_loss = None if uniform is None else expect(uniform)
+    log_z = None if options.z_loss is None else row_logsumexp(logits, where, rows)
+    loss = _labels.total_loss(options, label_loss, label_coefficient, smoothing_loss, log_z)
     return jnp.squeeze(loss, axis)
 
 
+def _along(axis: int, ndim: int) -> list[int]:
+    """The shape that lays a vector along an axis."""
+    return [1] * axis + [-1] + [1] * (ndim - axis - 1)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _expectation(shares: Array, logits: Array, where: Array | None, rows: Rows) -> Array:
-    """sum_k shares_k (-log p_k)."""
-    return rows.sum(_labels.product(shares, -_stable.log_softmax(logits, where, rows)))
+def _expectation(coefficients: Array, logits: Array, where: Array | None, rows: Rows) -> Array:
+    """sum_k a_k (-log p_k) with coefficients a."""
+    return rows.sum(_labels.scale(coefficients, -row_log_softmax(logits, where, rows)))
 
 
 @partial(_expectation.defjvp, symbolic_zeros=True)
 def _expectation_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
-    """d l = sum_k (-log p_k) dshares_k - shares_k (dz_k - sum_j p_j dz_j)."""
-    (shares, logits, where), (dshares, dlogits, _) = primals, tangents
+    """d l = sum_k (-log p_k) da_k - a_k (dz_k - sum_j p_j dz_j)."""
+    (a, logits, where), (da, dlogits, _) = primals, tangents
     parts = []
-    if not isinstance(dshares, SymbolicZero):
-        log_p = _stable.log_softmax(logits, where, rows)
-        counted = (shares != 0) | (log_p > -jnp.inf)
-        parts.append(rows.sum(jnp.where(counted, -log_p, 0) * dshares))
+    if not isinstance(da, SymbolicZero):
+        log_p = row_log_softmax(logits, where, rows)
+        parts.append(rows.sum(jnp.where((a != 0) | (log_p > -jnp.inf), -log_p, 0) * da))
     if not isinstance(dlogits, SymbolicZero):
 
-        @_stable.linear_map
-        def linear(p: Array, shares: Array, where: Array | None, dlogits: Array) -> Array:
-            p = _stable.restored(p, where, rows, "log_softmax")
-            dlog = _stable.centred(keep(where, wide(dlogits)), p, rows)
-            return -rows.sum(shares * keep(where, dlog))
+        @linear_map
+        def linear(p: Array, a: Array, where: Array | None, dlogits: Array) -> Array:
+            p = softmax_from_residual(p, where, rows, "log_softmax")
+            dlog_p = centre(fill_masked(where, upcast(dlogits)), p, rows)
+            return -rows.sum(a * fill_masked(where, dlog_p))
 
-        p = _stable.saved(logits, where, rows, "log_softmax")
-        parts.append(linear(p, shares, where, dlogits))
-    return _expectation(shares, logits, where, rows), sum(parts)
+        p = softmax_residual(logits, where, rows, "log_softmax")
+        parts.append(linear(p, a, where, dlogits))
+    return _expectation(a, logits, where, rows), sum(parts)
 
 
-class _Terms(NamedTuple):
-    """Of a row with the label c and the largest logit m: z_k - m, which entry is c, z_c - m, c."""
+class _ShiftedLogits(NamedTuple):
+    """Logits z of a row less their maximum m, and the label c among them."""
 
-    d: Array
-    is_label: Array
-    own: Array
+    d: Array  # z_k - m
+    is_label: Array  # whether k = c
+    d_label: Array  # z_c - m
     label: _labels.Label
 
 
-def _terms(logits: Array, labels: Array, where: Array | None, rows: Rows) -> _Terms:
+def _shift_logits(logits: Array, labels: Array, where: Array | None, rows: Rows) -> _ShiftedLogits:
+    """Subtract the maximum of each row and find the label."""
     (axis,) = rows.axes
     label = _labels.locate(labels, logits.shape, rows)
-    d, m = _stable.shifted(logits, where, rows)
+    d, m = shift_rows(logits, where, rows)
     # By a comparison: unlike a scatter it is elementwise under every sharding.
-    sizes = [1] * axis + [-1] + [1] * (logits.ndim - axis - 1)
-    classes = jnp.arange(logits.shape[axis], dtype=jnp.int32).reshape(sizes)
+    classes = jnp.arange(logits.shape[axis], dtype=jnp.int32).reshape(_along(axis, logits.ndim))
     is_label = classes == jnp.where(label.here, label.position, -1)
     if rows.is_short(logits):
-        (own,) = rows.sums(jnp.where(is_label, d, 0))
-        return _Terms(d, is_label, own, label)
-    own = jnp.minimum(wide(jnp.take_along_axis(logits, label.position, axis)), m) - m
+        (d_label,) = rows.sums(jnp.where(is_label, d, 0))
+        return _ShiftedLogits(d, is_label, d_label, label)
+    d_label = subtract_max(upcast(jnp.take_along_axis(logits, label.position, axis)), m)
     if where is not None:
         allowed = jnp.take_along_axis(jnp.broadcast_to(where, logits.shape), label.position, axis)
-        own = jnp.where(allowed, own, -jnp.inf)
-    return _Terms(d, is_label, _labels.from_owner(own, label, rows), label)
+        d_label = jnp.where(allowed, d_label, -jnp.inf)
+    return _ShiftedLogits(d, is_label, _labels.fetch(d_label, label, rows), label)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _integer_cross_entropy(logits: Array, labels: Array, where: Array | None, rows: Rows) -> Array:
-    """log sum_k exp(z_k - m) - (z_c - m). Of the two parts one is 0, or neither is small."""
-    d, _, own, label = _terms(logits, labels, where, rows)
-    log_total = _stable.exponentials(d, rows).log_total
-    loss = _stable.or_empty(log_total, 0.0, where, rows) - own
-    return _stable.only_if(label.valid, loss)
+    """log sum_k exp(z_k - m) - (z_c - m), of which one is 0, or neither is small."""
+    d, _, d_label, label = _shift_logits(logits, labels, where, rows)
+    log_total = exponentials(d, rows).log_total
+    loss = fill_empty_rows(log_total, 0.0, where, rows) - d_label
+    return nan_unless(label.valid, loss)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def loss_and_residuals(
     logits: Array, labels: Array, where: Array | None, rows: Rows
 ) -> tuple[Array, Array]:
-    """The same loss, and p - e_c, its gradient, for its rule.
+    """The loss of integer labels and its gradient p - e_c.
 
-    The label's own term is kept apart from the rest of the sum, of which p_c - 1 is the negative
-    share. So it keeps its digits for a confident label, as the loss does.
+    The label's term is not part of the sum over the others, of which p_c - 1 is the negative share.
+    So it keeps its digits for a confident label, as the loss does.
     """
-    d, is_label, own, label = _terms(logits, labels, where, rows)
+    d, is_label, d_label, label = _shift_logits(logits, labels, where, rows)
     e = jnp.exp(d)
     rest = jnp.where(is_label, 0, e)
     (others,) = rows.sums(rest, reused=True)
     if not rows.in_loop(e, sums=1, reused=True):
         e = rest  # is written out anyway
-    loss = _stable.or_empty(_labels.log_total(others, own), 0.0, where, rows) - own
-    total = _stable.or_empty(others + jnp.exp(own), 1.0, where, rows)
-    total = _stable.only_if(label.valid, total)
+    loss = fill_empty_rows(_labels.log_total(others, d_label), 0.0, where, rows) - d_label
+    total = fill_empty_rows(others + jnp.exp(d_label), 1.0, where, rows)
+    total = nan_unless(label.valid, total)
     residuals = jnp.where(is_label, -others / total, e / total)
-    return _stable.only_if(label.valid, loss), residuals.astype(logits.dtype)
+    return nan_unless(label.valid, loss), residuals.astype(logits.dtype)
 
 
 @_integer_cross_entropy.defjvp
@@ -305,27 +300,27 @@ def _integer_cross_entropy_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     """d l = sum_k (p - e_c)_k dz_k."""
     (logits, labels, where), (dlogits, _, _) = primals, tangents
     loss, residuals = loss_and_residuals(logits, labels, where, rows)
-    recomputed = logits.dtype == jnp.float16  # as in _stable.saved
+    recomputed = logits.dtype == jnp.float16  # as in `softmax_residual`
 
-    @_stable.linear_map
+    @linear_map
     def linear(r: Array, labels: Any, where: Array | None, dlogits: Array) -> Array:
         if recomputed:
-            _, r = loss_and_residuals(wide(r), labels, where, rows)
-        return rows.sum(wide(r) * keep(where, wide(dlogits)))
+            _, r = loss_and_residuals(upcast(r), labels, where, rows)
+        return rows.sum(upcast(r) * fill_masked(where, upcast(dlogits)))
 
-    kept = (logits, labels) if recomputed else (residuals, None)
-    return loss, linear(*kept, where, dlogits)
+    saved = (logits, labels) if recomputed else (residuals, None)
+    return loss, linear(*saved, where, dlogits)
 
 
 @loss_and_residuals.defjvp
 def _loss_and_residuals_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
-    """d (p - e_c) = d p."""
+    """d (p - e_c) = dp."""
     (logits, labels, where), (dlogits, _, _) = primals, tangents
 
     def loss_and_softmax(z: Array) -> tuple[Array, Array]:
-        return _integer_cross_entropy(z, labels, where, rows), _stable.softmax(z, where, rows)
+        return _integer_cross_entropy(z, labels, where, rows), row_softmax(z, where, rows)
 
     _, (dloss, dp) = jax.jvp(loss_and_softmax, (logits,), (dlogits,))
     label = _labels.locate(labels, logits.shape, rows)
-    valid = _stable.only_if(label.valid, jnp.ones((), dp.dtype))
+    valid = nan_unless(label.valid, jnp.ones((), dp.dtype))
     return loss_and_residuals(logits, labels, where, rows), (dloss, valid * dp)

@@ -2,29 +2,28 @@ r"""Log-sum-exp and cross-entropy of a linear layer without its logits.
 
 With N examples, D features and V classes the logits :math:`z = X W^T + b` are an N x V array, for a
 large vocabulary by far the largest of a training step. Here they exist for one block of classes at
-a time, forward and in every derivative, which computes them again. What is kept between the two is
-one or two numbers per example.
+a time, forward and in every derivative, which computes them again. Between the two one or two
+numbers per example are kept.
 
 Shapes: `features` (N, D), `weights` (V, D), `bias` (V,), `labels` (N,). Products are accumulated in
-float32 or wider, and all that follows is computed there. Losses are in nats.
+float32 or wider, and the rest is computed in the same dtype. Losses are in nats.
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
 from jaxsoftmax import _checks
 from jaxsoftmax._checks import AxisName
-from jaxsoftmax.functional import _stable
 from jaxsoftmax.functional._reductions import Rows
-from jaxsoftmax.functional._stable import compute_dtype
+from jaxsoftmax.functional._stable import nan_unless
 from jaxsoftmax.losses import _labels
-from jaxsoftmax.losses._class_blocks import Form, statistics
+from jaxsoftmax.losses._class_blocks import Form, logits_dtype, statistics
 
 
 def linear_logsumexp(
@@ -66,8 +65,8 @@ def linear_logsumexp(
       >>> print(f"{linear_logsumexp(jnp.ones((1, 3)), jnp.zeros((130, 3)), block_size=128)[0]:.4f}")
       4.8675
     """
-    x, w, b = _layer(features, weights, bias)
-    form = _form(block_size, softcap, axis_name)._replace(log_z=True)
+    x, w, b = _check_layer(features, weights, bias)
+    form = _check_form(block_size, softcap, axis_name)._replace(log_z=True)
     return _logsumexp(x, w, b, form)
 
 
@@ -104,7 +103,7 @@ def linear_cross_entropy(
         the shapes.
       softcap: the bound c of the logits, which become :math:`c \tanh(z / c)`, a number above 0;
         None for none.
-      label_smoothing: the share of each label that is spread over the classes, in [0, 1].
+      label_smoothing: the share of each label that goes to the classes, in [0, 1].
       class_weight: w, (classes,), real; None for 1.
       z_loss: the factor :math:`\zeta` of the squared log-sum-exp, at least 0.
       ignore_label: the label of examples that do not count.
@@ -139,37 +138,24 @@ def linear_cross_entropy(
     """
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f'reduction must be "none", "mean" or "sum", got {reduction!r}')
-    x, w, b = _layer(features, weights, bias)
+    x, w, b = _check_layer(features, weights, bias)
     if ignore_label is not None:
         ignore_label = _checks.integer("ignore_label", ignore_label)
     y = _checks.label_array(labels, ignore_label)
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(f"labels must be integer classes, got dtype {y.dtype}")
     _checks.has_shape("labels", y, x.shape[:1], "(examples,)")
-    if class_weight is not None:
-        class_weight = _checks.real_array("class_weight", class_weight)
-        _checks.has_shape("class_weight", class_weight, w.shape[:1], "(classes,)")
-    smoothing = _checks.scalar("label_smoothing", label_smoothing, most=1.0)
-    factor = _checks.scalar("z_loss", z_loss)
-    smooth, penalised = (not _labels.is_zero(value) for value in (label_smoothing, z_loss))
-    form = _form(block_size, softcap, axis_name)._replace(log_z=penalised, spread=smooth)
-    return _cross_entropy(
-        x,
-        w,
-        y,
-        b,
-        class_weight,
-        smoothing if smooth else None,
-        factor if penalised else None,
-        ignore_label,
-        reduction,
-        form,
+    options = _labels.check_options(label_smoothing, class_weight, z_loss, w.shape[0])
+    form = _check_form(block_size, softcap, axis_name)._replace(
+        log_z=options.z_loss is not None, smoothing=options.label_smoothing is not None
     )
+    return _cross_entropy(x, w, y, b, options, ignore_label, reduction, form)
 
 
-def _layer(
+def _check_layer(
     features: ArrayLike, weights: ArrayLike, bias: ArrayLike | None
 ) -> tuple[Array, Array, Array | None]:
+    """Check the arrays of a linear layer and their shapes."""
     x, w = _checks.real_array("features", features), _checks.real_array("weights", weights)
     if x.ndim != 2:
         raise ValueError(f"features must have shape (examples, features), got shape {x.shape}")
@@ -184,7 +170,8 @@ def _layer(
     return x, w, _checks.has_shape("bias", b, w.shape[:1], "(classes,)")
 
 
-def _form(block_size: int | None, softcap: float | None, axis_name: AxisName) -> Form:
+def _check_form(block_size: int | None, softcap: float | None, axis_name: AxisName) -> Form:
+    """Check the static arguments."""
     if block_size is not None:
         block_size = _checks.integer("block_size", block_size, least=1)
     if softcap is not None:
@@ -201,46 +188,41 @@ def _logsumexp(x: Array, w: Array, b: Array | None, form: Form) -> Array:
     return log_z
 
 
-@partial(jax.jit, static_argnums=(7, 8, 9))
+@partial(jax.jit, static_argnums=(5, 6, 7))
 def _cross_entropy(
     x: Array,
     w: Array,
     y: Array,
     b: Array | None,
-    class_weight: Array | None,
-    smoothing: Array | None,
-    z_loss: Array | None,
+    options: _labels.Options,
     ignore_label: int | None,
     reduction: str,
     form: Form,
 ) -> Array:
-    """The loss of the formula above, on checked arrays."""
-    dtype = compute_dtype(x.dtype, w.dtype, *([] if b is None else [b.dtype]))
+    """Evaluate the formula above on checked arrays."""
+    dtype = logits_dtype(x, w, b)
     rows = Rows((1,), form.axis_name)
-    counted = jnp.ones(y.shape, bool)
-    if ignore_label is not None and _labels.holds(y.dtype, ignore_label):
-        counted = y != ignore_label
-        x, y = jnp.where(counted[:, None], x, 0), jnp.where(counted, y, 0)
+    y, counted = _labels.find_counted(y, ignore_label)
+    if counted is None:
+        counted = jnp.ones(y.shape, bool)
+    else:
+        x = jnp.where(counted[:, None], x, 0)
     label = _labels.locate(y, (*y.shape, w.shape[0]), rows)
+    class_weight = options.class_weight
     if class_weight is not None:
         class_weight = class_weight.astype(dtype)
 
-    own = jnp.where(label.here, label.position, -1)[:, 0]
-    log_z, loss, spread = statistics(x, w, b, own, class_weight, form)
-    share: Any = 1.0
-    if smoothing is not None:
-        smoothing = _labels.share_to_spread(smoothing, dtype)
-        share = 1 - smoothing
+    position = jnp.where(label.here, label.position, -1)[:, 0]
+    log_z, label_loss, smoothing_loss = statistics(x, w, b, position, class_weight, form)
+    if options.label_smoothing is not None:
+        smoothing = _labels.smoothing_share(options.label_smoothing, dtype)
+        classes = _labels.count_classes(w.shape[0], rows)
+        smoothing_loss = _labels.scale(smoothing / classes, smoothing_loss)
+    coefficient = _labels.label_coefficient(options, label, counted[:, None], rows, dtype)
     if class_weight is not None:
-        own_weight = _labels.own_weight(class_weight, label, rows)[:, 0]
-        share = _labels.product(share, jnp.where(counted, own_weight, 0))
-    loss = _labels.product(share, loss)
-    if smoothing is not None:
-        classes = w.shape[0] * (lax.axis_size(form.axis_name) if form.axis_name else 1)
-        loss = loss + _labels.product(smoothing / classes, spread)
-    if z_loss is not None:
-        loss = loss + _labels.z_penalty(log_z, z_loss)
-    loss = jnp.where(counted, _stable.only_if(label.valid[:, 0], loss), 0)
+        coefficient = coefficient[:, 0]
+    loss = _labels.total_loss(options, label_loss, coefficient, smoothing_loss, log_z)
+    loss = jnp.where(counted, nan_unless(label.valid[:, 0], loss), 0)
     if reduction == "none":
         return loss
     total = jnp.sum(loss)
