@@ -174,7 +174,8 @@ def _cross_entropy(
         counted = jnp.expand_dims(counted, axis)
         where = counted if where is None else where & counted
 
-    smoothing, uniform = None, None  # the share of the label that moves, and that of each class
+    smoothing: Any = None  # the share of the label that moves
+    uniform: Any = None  # the share of each class
     if options.label_smoothing is not None:
         smoothing = _labels.smoothing_share(options.label_smoothing, dtype)
         n: Any = _labels.count_classes(logits.shape[axis], rows)
