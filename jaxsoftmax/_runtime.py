@@ -2,16 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+import numpy as np
 from jax.sharding import PartitionSpec
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_Value = TypeVar("_Value")
-_Result = TypeVar("_Result")
 
 
 def precise(f: _Function) -> _Function:
@@ -43,63 +41,12 @@ def partitioned(f: _Function) -> _Function:
     return cast(_Function, whole)
 
 
-class Lanes(NamedTuple):
-    """Problems that are solved side by side, under `jax.vmap` with an axis name; without, one.
-
-    What they have in common has no axis for them: it is computed once, and decided once.
-    Preconditioners are, if the problems are `alike`.
-    """
-
-    size: int = 1
-    axis_name: str | None = None
-    alike: bool = True
-
-    @property
-    def sharing(self) -> int:
-        """How many problems share a preconditioner."""
-        return self.size if self.alike else 1
-
-    def any(self, holds: Array) -> Array:
-        return self.most(holds.astype(jnp.int32)) > 0
-
-    def all(self, holds: Array) -> Array:
-        return ~self.any(~holds)
-
-    def most(self, value: Array) -> Array:
-        return value if self.axis_name is None else lax.pmax(value, self.axis_name)
-
-    def pooled(self, value: Array, counts: Array) -> Array:
-        """The mean of a value over the problems that count, if they are alike."""
-        if self.axis_name is None or not self.alike:
-            return value
-        total, number = lax.psum(
-            (jnp.where(counts, value, 0), counts.astype(value.dtype)), self.axis_name
-        )
-        return total / jnp.maximum(number, 1)
-
-    def only(self, running: Array, new: _Value, old: _Value) -> _Value:
-        """What is new of problems that are `running`; one alone always is."""
-        if self.axis_name is None:
-            return new
-        result: _Value = jax.tree.map(partial(jnp.where, running), new, old)
-        return result
-
-    def of_running(self, f: Callable[[_Value], _Result], running: Array, own: _Value) -> _Result:
-        """f(own), to be used where a problem is `running`. The last that runs pays for itself
-        alone."""
-        if self.axis_name is None:
-            return f(own)
-
-        def gathered(value: Array) -> Array:
-            return lax.all_gather(value, self.axis_name)
-
-        def of_last() -> _Result:
-            last = jnp.argmax(run)
-            return f(jax.tree.map(lambda value: gathered(value)[last], own))
-
-        run = gathered(running)
-        result: _Result = lax.cond(jnp.sum(run) == 1, of_last, lambda: f(own))
-        return result
+def namespace(*arrays: Any) -> Any:
+    """NumPy for its own arrays, else `jax.numpy`: small computations of either are the same code,
+    and NumPy has nothing to compile."""
+    return np if all(isinstance(array, (np.ndarray, np.generic)) for array in arrays) else jnp
 
 
-ALONE = Lanes()
+def read(array: Any) -> Any:
+    """The numbers of an array, or the array itself where it is traced."""
+    return array if isinstance(array, jax.core.Tracer) else np.asarray(array)

@@ -16,6 +16,7 @@ Shapes are those of `jaxsoftmax.regression`. A batch is a problem of its own, wi
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -31,7 +32,9 @@ from jaxsoftmax import _checks
 from jaxsoftmax._progress import progress_bar
 from jaxsoftmax.losses import cross_entropy
 from jaxsoftmax.regression._data import make_problem
-from jaxsoftmax.regression._objective import Params, linear_logits, objective
+from jaxsoftmax.regression._objective import as_they_came, table_of
+from jaxsoftmax.regression._objective import evaluate as evaluate_objective
+from jaxsoftmax.regression._params import Params, linear_logits
 
 
 class TrainState(NamedTuple):
@@ -126,12 +129,18 @@ def train_step(
     problem = make_problem(
         features.astype(state.params.weights.dtype),
         labels,
-        l2=_checks.scalar("l2", l2),
-        sample_weight=sample_weight,
+        sample_weight,
+        num_classes=num_classes,
     )
+    penalty = _checks.scalar("l2", l2)
+    penalty = jnp.where(penalty < 0, jnp.nan, penalty)
+    rows, ridge = as_they_came(problem, num_classes, penalty)
+    # A class that this batch lacks is possible all the same.
+    rows = replace(rows, target=jnp.ones_like(rows.target))
 
     def value_fn(params: Params) -> Array:
-        return objective(params, problem)
+        value, _ = evaluate_objective(rows, ridge, table_of(params))
+        return value[0]
 
     value, grad = jax.value_and_grad(value_fn)(state.params)
     # Some optimisers mix dtypes, which strict promotion, if a user has set it, refuses.

@@ -27,9 +27,9 @@ from jaxsoftmax.estimator._conversions import (
     scikit_learns,
 )
 from jaxsoftmax.functional import log_softmax, softmax
-from jaxsoftmax.regression._objective import Params, linear_logits
+from jaxsoftmax.regression._params import Params, linear_logits
+from jaxsoftmax.regression._result import Fit, Status
 from jaxsoftmax.regression._separation import diverging_weights
-from jaxsoftmax.regression.solver._lbfgs import Fit, Status
 
 _Model = TypeVar("_Model", bound="SoftmaxClassifier")
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxsoftmax.regression._objective import Params
+from jaxsoftmax.regression._params import Params
 
 Numbers = NDArray[Any]
 

@@ -26,9 +26,9 @@ from jaxsoftmax.estimator._conversions import (
     solver_tol,
 )
 from jaxsoftmax.regression._fit import SOLVERS, checked
-from jaxsoftmax.regression._objective import Params
+from jaxsoftmax.regression._params import Params
+from jaxsoftmax.regression._result import Fit, Status
 from jaxsoftmax.regression._validation import Scores, validated
-from jaxsoftmax.regression.solver._lbfgs import Fit, Status
 
 _TIE = 64  # units of rounding within which scores are equal
 _TICKS = 8  # of a progress bar, at most: each begins its part of the path anew

@@ -16,8 +16,8 @@ from jaxsoftmax import training
 from jaxsoftmax.estimator._classifier import SoftmaxClassifier
 from jaxsoftmax.estimator._conversions import Numbers, double, padded, penalty, solver_tol
 from jaxsoftmax.regression._fit import SOLVERS, fit
-from jaxsoftmax.regression._objective import Params
-from jaxsoftmax.regression.solver._lbfgs import Fit, Status
+from jaxsoftmax.regression._params import Params
+from jaxsoftmax.regression._result import Fit, Status
 
 # AdaGrad starts with a step of this size for every coefficient, and the steps fall with the
 # gradients that it has seen. Of AdaGrad at 0.1 and 0.3 and a few rates of Adam and SGD, one of the

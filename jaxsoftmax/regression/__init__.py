@@ -1,11 +1,11 @@
 """Softmax regression: certified fits, paths of penalties, cross-validation."""
 
 from jaxsoftmax.regression._fit import fit
-from jaxsoftmax.regression._objective import Params, linear_logits
+from jaxsoftmax.regression._params import Params, linear_logits
 from jaxsoftmax.regression._path import fit_path, l2_grid
+from jaxsoftmax.regression._result import Fit, Status
 from jaxsoftmax.regression._separation import diverging_weights
 from jaxsoftmax.regression._validation import CrossValidation, cross_validate, stratified_folds
-from jaxsoftmax.regression.solver._lbfgs import Fit, Status
 
 __all__ = [
     "CrossValidation",

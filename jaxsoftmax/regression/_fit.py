@@ -12,12 +12,15 @@ from jaxtyping import Shaped
 
 from jaxsoftmax import _checks
 from jaxsoftmax._runtime import partitioned, precise
-from jaxsoftmax.functional._stable import compute_dtype
-from jaxsoftmax.regression._data import Problem, make_problem
-from jaxsoftmax.regression._objective import Params, centred, objective, value_and_gradient
-from jaxsoftmax.regression.solver import _vmapped as _batch
+from jaxsoftmax.regression._data import Arguments, make_problem
+from jaxsoftmax.regression._objective import as_they_came, evaluate, table_of
+from jaxsoftmax.regression._params import Params
+from jaxsoftmax.regression._penalty import Ridge
+from jaxsoftmax.regression._result import Fit
+from jaxsoftmax.regression._rows import Examples
 from jaxsoftmax.regression.solver._implicit import solve_hessian
-from jaxsoftmax.regression.solver._lbfgs import Fit, Status, lbfgs
+from jaxsoftmax.regression.solver._lbfgs import lbfgs
+from jaxsoftmax.regression.solver._vmapped import minimise
 
 SOLVERS = ("auto", "newton_cg", "lbfgs")
 
@@ -106,7 +109,7 @@ def fit(
     Reference:
       Hastie, Tibshirani, Friedman (2009), The Elements of Statistical Learning, section 4.4.
     """
-    arrays, static = checked(
+    arguments, static = check_arguments(
         features,
         labels,
         num_classes=num_classes,
@@ -119,10 +122,10 @@ def fit(
         tol=tol,
         max_iter=max_iter,
     )
-    return solved(*arrays, **static)
+    return solve(arguments, **static)
 
 
-def checked(
+def check_arguments(
     features: ArrayLike,
     labels: ArrayLike,
     *,
@@ -135,8 +138,8 @@ def checked(
     solver: str,
     tol: ArrayLike,
     max_iter: int,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `fit` as the arrays and the static ones of `solved`, or an error."""
+) -> tuple[Arguments, dict[str, Any]]:
+    """The arguments of `fit` as arrays and static ones, or an error."""
     num_classes = _checks.integer("num_classes", num_classes, least=2)
     max_iter = _checks.integer("max_iter", max_iter, least=0)
     if solver not in SOLVERS:
@@ -145,104 +148,83 @@ def checked(
     fit_bias = _checks.boolean("fit_bias", fit_bias)
     features, labels = _checks.examples(features, labels, num_classes)
     examples, width = features.shape
-    dtype = compute_dtype(features.dtype)
-    l2 = l2.astype(dtype)
-    tol = _checks.scalar("tol", tol, positive=True).astype(dtype)
     shape = (examples, num_classes)
     sample_weight, offset = _checks.weights_and_offset(sample_weight, offset, shape)
     if init is not None:
         if not isinstance(init, Params):
             raise TypeError(f"init must be a Params, got a {type(init).__name__}")
         init = Params(
-            weights=_checks.real_array("init.weights", init.weights).astype(dtype),
-            bias=_checks.real_array("init.bias", init.bias).astype(dtype),
+            weights=_checks.real_array("init.weights", init.weights),
+            bias=_checks.real_array("init.bias", init.bias),
         )
         _checks.has_shape("init.weights", init.weights, (num_classes, width), "(classes, features)")
         _checks.has_shape("init.bias", init.bias, (num_classes,), "(classes,)")
-    limit = jnp.asarray(min(max_iter, jnp.iinfo(jnp.int32).max), jnp.int32)
-    arrays = features, labels, l2, sample_weight, offset, init, tol, limit
-    return arrays, {"num_classes": num_classes, "fit_bias": fit_bias, "solver": solver}
-
-
-@partial(jax.jit, static_argnames=("num_classes", "fit_bias", "solver"))
-@precise
-@partitioned
-def solved(
-    features: Array,
-    labels: Array,
-    l2: Array,
-    sample_weight: Array | None,
-    offset: Array | None,
-    init: Params | None,
-    tol: Array,
-    max_iter: Array,
-    *,
-    num_classes: int,
-    fit_bias: bool,
-    solver: str,
-) -> Fit:
-    """`fit` of checked arguments."""
-    problem = make_problem(
-        features,
-        labels,
+    arguments = Arguments(
+        features=features,
+        labels=labels,
         l2=l2,
         sample_weight=sample_weight,
         offset=offset,
-        num_classes=num_classes,
+        init=init,
+        tol=_checks.scalar("tol", tol, positive=True),
+        max_iter=np.int32(min(max_iter, np.iinfo(np.int32).max)),
     )
-    classes, dtype = problem.classes, problem.share.dtype
-    assert classes is not None
-    if init is None:
-        init = Params(
-            weights=jnp.zeros((num_classes, features.shape[1]), dtype),
-            bias=jnp.zeros(num_classes, dtype),
-        )
-    else:
-        # A class absent from the fit that gave `init` has bias -inf there, and may be present here.
-        finite = jnp.where(init.bias == -jnp.inf, 0, init.bias)
-        init = init._replace(bias=finite if fit_bias else jnp.zeros_like(finite))
-        init = centred(init, classes)
-    result = _optimum(fit_bias, solver, problem, init, tol, max_iter)
-    result = result._replace(status=jnp.where(tol > 0, result.status, Status.DIVERGED))
-    weights, bias = result.params
-    poison = jnp.where(result.status == Status.DIVERGED, jnp.nan, 0).astype(dtype)
-    params = Params(weights + poison, jnp.where(classes, bias, -jnp.inf) + poison)
-    return result._replace(params=params, gap=result.gap + poison)
+    return arguments, {"num_classes": num_classes, "fit_bias": fit_bias, "solver": solver}
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _optimum(
-    fit_bias: bool, solver: str, problem: Problem, init: Params, tol: Array, max_iter: Array
-) -> Fit:
-    newton = _batch.solver(fit_bias=fit_bias)
-    if solver != "lbfgs":
-        return newton(problem, init, tol, max_iter)
+@partitioned
+def solve(arguments: Arguments, *, num_classes: int, fit_bias: bool, solver: str) -> Fit:
+    """`fit` of checked arguments."""
+    return _optimum(num_classes, fit_bias, solver, arguments)
 
-    def value(params: Params) -> Array:
-        return objective(params, problem, fit_bias=fit_bias)
 
-    def certify(params: Params) -> Fit:
-        return newton(problem, params, tol, jnp.zeros_like(max_iter))
-
-    return lbfgs(value, certify, init, tol=tol, max_iter=max_iter)
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _optimum(num_classes: int, fit_bias: bool, solver: str, arguments: Arguments) -> Fit:
+    method = lbfgs if solver == "lbfgs" else minimise
+    return method(arguments, num_classes=num_classes, fit_bias=fit_bias)
 
 
 @_optimum.defjvp
-@precise
-def _optimum_jvp(fit_bias: bool, solver: str, primals: Any, tangents: Any) -> tuple[Fit, Fit]:
-    """At the optimum the gradient g is 0 whatever the problem: H dW = -dg, with dg at fixed W."""
-    problem = primals[0]
-    fit = _optimum(fit_bias, solver, *primals)
-
-    def at_fixed_params(problem: Problem) -> tuple[Array, Params]:
-        return value_and_gradient(fit.params, problem)
-
-    _, (change, gradient) = jax.jvp(at_fixed_params, (problem,), (tangents[0],))
-    right = jax.tree.map(jnp.negative, gradient)
+def _optimum_jvp(
+    num_classes: int, fit_bias: bool, solver: str, primals: Any, tangents: Any
+) -> tuple[Fit, Fit]:
+    (arguments,), (tangent,) = primals, tangents
+    fit = _optimum(num_classes, fit_bias, solver, arguments)
+    objective, params = _tangents(fit.params, arguments, tangent, num_classes, fit_bias)
     nothing = jax.tree.map(lambda v: np.zeros(v.shape, jax.dtypes.float0), fit)
     return fit, nothing._replace(
-        params=solve_hessian(fit.params, problem, right, fit_bias=fit_bias),
-        objective=change,
+        params=params,
+        objective=objective,
         gap=jnp.zeros_like(fit.gap),
         gradient_norm=jnp.zeros_like(fit.gradient_norm),
     )
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+@precise
+def _tangents(
+    params: Params, arguments: Arguments, tangent: Arguments, num_classes: int, fit_bias: bool
+) -> tuple[Array, Params]:
+    """At the optimum the gradient g is 0 whatever the problem: H dW = -dg, with dg at fixed W."""
+
+    def rows_and_penalty(arguments: Arguments) -> tuple[Examples, Ridge]:
+        problem = make_problem(
+            arguments.features,
+            arguments.labels,
+            arguments.sample_weight,
+            arguments.offset,
+            num_classes=num_classes,
+        )
+        return as_they_came(problem, num_classes, arguments.l2)
+
+    rows, penalty = rows_and_penalty(arguments)
+    # A class that is absent has bias -inf, and no derivative.
+    bias = jnp.where(rows.present[:, 0, 0], params.bias, 0)
+    table = table_of(params._replace(bias=bias))
+
+    def at_fixed_params(arguments: Arguments) -> tuple[Array, Array]:
+        value, point = evaluate(*rows_and_penalty(arguments), table)
+        return value[0], point.gradient
+
+    _, (change, gradient) = jax.jvp(at_fixed_params, (arguments,), (tangent,))
+    return change, solve_hessian(table, rows, penalty, -gradient, fit_bias=fit_bias)

@@ -1,163 +1,185 @@
 r"""The objective of softmax regression: its value, gradient and Hessian.
 
-.. math:: f(W, b) = \sum_i c_i\, \ell(W x_i + b + o_i,\; y_i) + \tfrac{\lambda}{2} \|W\|^2,
+.. math:: f(T) = \sum_i c_i\, \ell(T x_i + o_i,\; y_i) + \sum_{kj} \tfrac{\lambda_j}{2} T_{kj}^2,
           \qquad \sum_i c_i = 1
 
-with the cross-entropy :math:`\ell`, examples x (rows of `features`), labels y, shares c (normalised
-`sample_weight`), offsets o and the penalty :math:`\lambda` (`l2`). The bias is not penalised.
+with the cross-entropy :math:`\ell`, examples x, labels y, shares c, offsets o and penalties
+:math:`\lambda`. Problems side by side have a table T each; shapes are those of `_rows`.
 
-Shapes: `features` (examples, features), `weights` (classes, features), `bias` (classes,), `labels`
-(examples,) integers or (examples, classes) probabilities, `sample_weight` (examples,), `offset`
-(examples, classes).
-
-Values and derivatives of the loss stand only here.
+Values and derivatives of the objective are computed only here.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float
 
-from jaxsoftmax import _checks
-from jaxsoftmax.functional import softmax
-from jaxsoftmax.losses import cross_entropy
-from jaxsoftmax.regression._data import Problem, map_rows, sum_over_rows
+from jaxsoftmax.functional._reductions import Rows as ClassRows
+from jaxsoftmax.regression._coordinates import Coordinates
+from jaxsoftmax.regression._data import Problem
+from jaxsoftmax.regression._params import Params
+from jaxsoftmax.regression._penalty import Ridge
+from jaxsoftmax.regression._plan import DEFAULT
+from jaxsoftmax.regression._rows import Examples, Raw, Rows
 
-
-class Params(NamedTuple):
-    """Parameters of a linear softmax model, a pytree."""
-
-    weights: Float[Array, "*problems classes features"]
-    bias: Float[Array, "*problems classes"]
-
-
-def linear_logits(
-    params: Params, features: Shaped[ArrayLike, "*batch features"]
-) -> Float[Array, "*batch classes"]:
-    r"""Logits of a linear model, :math:`z = W x + b`.
-
-    Args:
-      params: weights (classes, features) and bias (classes,), real.
-      features: (..., features), real; cast to the dtype of the weights.
-
-    Returns:
-      Logits (..., classes) in the dtype of the weights; `softmax` of them gives the class
-      probabilities.
-
-    Raises:
-      TypeError: `features`, the weights or the bias are not real.
-      ValueError: the weights have not rank 2, or the bias or `features` do not fit them.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsoftmax import Params, linear_logits
-      >>> params = Params(weights=jnp.array([[1.0, 0.0], [0.0, 2.0]]), bias=jnp.array([0.5, 0.0]))
-      >>> linear_logits(params, jnp.array([[3.0, 1.0]]))
-      Array([[3.5, 2. ]], dtype=float32)
-    """
-    weights, bias = _checks.parameters(*params)
-    width = weights.shape[1]
-    x = _checks.real_array("features", features)
-    if x.ndim == 0 or x.shape[-1] != width:
-        raise ValueError(
-            f"features must have shape (..., {width}) to fit weights of shape {weights.shape}, "
-            f"got shape {x.shape}"
-        )
-    return x.astype(weights.dtype) @ weights.T + bias
+_SHORT = 4096
+_FEW = 12  # classes whose rows are read side by side
+_CLASSES = ClassRows((0,))
 
 
-def objective(params: Params, problem: Problem, *, fit_bias: bool = True) -> Float[Array, ""]:
-    """The objective f(W, b) of the module's formula, in nats; constant in b without `fit_bias`."""
-    if not fit_bias:
-        params = params._replace(bias=lax.stop_gradient(params.bias))
-    return _mean_loss(params, problem) + _penalty(params, problem)
+class Point(NamedTuple):
+    """A table with the gradient of the objective and, where they are kept, probabilities there."""
 
-
-def value_and_gradient(params: Params, problem: Problem) -> tuple[Float[Array, ""], Params]:
-    """The objective and its gradient, summed over blocks of rows if there are many logits."""
-
-    def block(rows: Problem) -> tuple[Array, Params]:
-        value: tuple[Array, Params] = jax.value_and_grad(_mean_loss)(params, rows)
-        return value
-
-    loss, gradient = sum_over_rows(block, problem, _block_size(params, problem))
-    weights = gradient.weights + problem.l2 * params.weights
-    return loss + _penalty(params, problem), Params(weights, gradient.bias)
-
-
-class Curvature(NamedTuple):
-    r"""The Hessian of the objective at a point.
-
-    `probabilities` (classes, examples) are those of the point, if they are not too many to be kept.
-    """
-
-    params: Params
-    problem: Problem
+    table: Array
+    gradient: Array
     probabilities: Array | None
 
-    def product(self, v: Params) -> Params:
-        r"""That with a vector, for the change dz = V x of the logits
 
-        .. math:: H V = \sum_i c_i\, (\mathrm{diag}(p_i) - p_i p_i^T)\, V x_i x_i^T + \lambda V.
-        """
-
-        def of(rows: Problem, p: Array) -> Params:
-            dz = _linear(v, rows.features)
-            # Twice, as in softmax's own derivative: the second restores what the first one rounded.
-            for _ in range(2):
-                dz -= _sum_over_classes(p, dz)
-            u = rows.share * (p * dz)
-            return Params(u @ rows.features.astype(u.dtype), jnp.sum(u, 1))
-
-        problem, p = self.problem, self.probabilities
-        if p is None:
-            size = _block_size(self.params, problem)
-            data = sum_over_rows(
-                lambda rows: of(rows, _probabilities(self.params, rows)), problem, size
-            )
-        else:
-            data = of(problem, p)
-        return data._replace(weights=data.weights + problem.l2 * v.weights)
-
-    def spread(self) -> Array:
-        """c_i p_ik (1 - p_ik), the factor of x_i x_i^T in the Hessian's diagonal blocks, with shape
-        (classes, examples); where the logits are too many to be kept, the mean of it over the
-        classes, with shape (1, examples)."""
-        problem, p = self.problem, self.probabilities
-        if p is not None:
-            return problem.share * p * (1 - p)
-
-        def block(rows: Problem) -> Array:
-            p = _probabilities(self.params, rows)
-            return rows.share * jnp.mean(p * (1 - p), 0)
-
-        return map_rows(block, problem, _block_size(self.params, problem))[None]
+def objective(
+    params: Params, problem: Problem, l2: Array, *, fit_bias: bool = True
+) -> Float[Array, ""]:
+    """The objective of parameters of the features as they came, constant in b if not `fit_bias`."""
+    bias = params.bias if fit_bias else lax.stop_gradient(params.bias)
+    return evaluate(
+        *as_they_came(problem, params.bias.size, l2), table_of(params._replace(bias=bias))
+    )[0][0]
 
 
-def curvature(params: Params, problem: Problem, wanted: Array | None = None) -> Curvature:
-    """The Hessian at `params`. Where not `wanted`, it costs little and means nothing."""
-    if in_blocks(params.bias.size, problem):
-        return Curvature(params, problem, None)
-    return Curvature(params, problem, _probabilities(params, problem, wanted))
+def table_of(params: Params) -> Float[Array, "classes 1 columns"]:
+    """Parameters of the features as they came, as a table of their own."""
+    return jnp.concatenate([params.weights, params.bias[:, None]], 1)[:, None]
 
 
-def _probabilities(params: Params, problem: Problem, wanted: Array | None = None) -> Array:
-    def logits() -> Array:
-        return _logits(params, problem)
+def as_they_came(problem: Problem, num_classes: int, l2: Array) -> tuple[Examples, Ridge]:
+    """One problem with its features as they came, and its penalty on their weights."""
+    examples, width = problem.features.shape
+    one = jnp.ones(width, problem.share.dtype)
+    design = Raw(problem.features, Coordinates(0 * one, one, jnp.ones((), one.dtype), None))
+    block = DEFAULT.block(examples, width, num_classes)
+    weight = jnp.append(l2.astype(one.dtype) * one, 0)[None, None]
+    return Examples.of(problem, design, num_classes, block), Ridge(weight, 0 * weight)
 
-    if wanted is None:
-        z = logits()
+
+def evaluate(rows: Rows, penalty: Ridge, table: Array) -> tuple[Array, Point]:
+    """The objective at a table, its gradient and the probabilities in one pass."""
+    if isinstance(rows, Examples) and rows.kept:
+        loss, slope, p = _loss_slope_probabilities(rows, table)
     else:
-        nothing = jnp.zeros((params.bias.size, len(problem.share)), params.bias.dtype)
-        z = lax.cond(wanted, logits, lambda: nothing)
-    return softmax(z, 0, where=_column(problem.classes))
+        (loss, slope), p = rows.total(_loss_and_slope, table), None
+    return loss + penalty.value(table), Point(table, slope + penalty.gradient(table), p)
 
 
-def _sum_over_classes(p: Array, values: Array) -> Array:
+def _loss_and_slope(rows: Examples, table: Array) -> tuple[Array, Array]:
+    return _loss_slope_probabilities(rows, table)[:2]
+
+
+def _loss_slope_probabilities(rows: Examples, table: Array) -> tuple[Array, Array, Array]:
+    losses, residuals, p = losses_and_residuals(rows.logits(table), rows.labels)
+    # An example of share 0 is dropped, be its loss finite or not.
+    loss = mean(rows, jnp.where(rows.share == 0, 0, losses))
+    return loss, rows.transpose(rows.share * residuals), p
+
+
+def mean(rows: Examples, values: Array) -> Array:
+    """The mean (problems,) of a value (1, problems, examples) of each example."""
+    if rows.shape[0] <= _SHORT:
+        return jnp.einsum("aln,aln->l", jnp.broadcast_to(rows.share, values.shape), values)
+    # XLA:CPU adds products of longer vectors in too few accumulators.
+    return jnp.sum(rows.share * values, (0, 2))
+
+
+@jax.custom_jvp
+def losses_and_residuals(z: Array, labels: Array) -> tuple[Array, Array, Array]:
+    r"""Losses (1, ...), residuals p - y and probabilities p (classes, ...) of logits, in one pass.
+
+    The label's own term is kept apart from the others, of which :math:`p_y - 1` is the negative
+    share. So loss and residual keep their digits for a confident label.
+
+    Args:
+      z: (classes, ...), -inf for absent classes.
+      labels: integers (1, ...), or probabilities of the shape of `z`.
+    """
+    m = jnp.maximum(lax.stop_gradient(_CLASSES.max(z)), jnp.finfo(z.dtype).min)
+    # The minimum keeps the subtraction out of a fused multiply-add (jax#37234).
+    d = jnp.minimum(z, m) - m
+    e = jnp.exp(d)
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        total, excess, own = _CLASSES.sums(
+            e, e - jnp.floor(e), jnp.where(labels > 0, labels * d, 0)
+        )
+        log_total = jnp.log1p(jnp.where(jnp.abs(total - 1) < 0.5, excess, total - 1))
+        p = e / total
+        return log_total - own, p - labels, p
+    classes = jnp.arange(len(z), dtype=labels.dtype).reshape(-1, *[1] * (z.ndim - 1))
+    is_label = classes == labels
+    others, own = _CLASSES.sums(jnp.where(is_label, 0, e), jnp.where(is_label, d, 0))
+    total = others + jnp.exp(own)
+    losses = jnp.log1p(jnp.where(own == 0, others, total - 1)) - own
+    share = 1 / total
+    p = e * share
+    return losses, jnp.where(is_label, -others * share, p), p
+
+
+@losses_and_residuals.defjvp
+def _losses_and_residuals_jvp(primals: Any, tangents: Any) -> Any:
+    """d l = sum_k (p - y)_k dz_k - sum_k log p_k dy_k, and d p_k = p_k (dz_k - sum_j p_j dz_j)."""
+    (z, labels), (dz, dlabels) = primals, tangents
+    losses, residuals, p = losses_and_residuals(z, labels)
+    dz = jnp.where(jnp.isneginf(z), 0, dz)
+    dp = p * centre(p, dz)
+    dlosses, dresiduals = jnp.sum(residuals * dz, 0, keepdims=True), dp
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        log_p = jax.nn.log_softmax(z, 0)
+        dlosses -= jnp.sum(jnp.where(jnp.isneginf(z), 0, log_p) * dlabels, 0, keepdims=True)
+        dresiduals = dresiduals - dlabels
+    return (losses, residuals, p), (dlosses, dresiduals, dp)
+
+
+def hessian_product(rows: Rows, penalty: Ridge, point: Point, direction: Array) -> Array:
+    r"""The Hessian times a direction D, for the change dz = D x of the logits
+
+    .. math:: H D = \sum_i c_i\, (\mathrm{diag}(p_i) - p_i p_i^T)\, D x_i x_i^T + \lambda D.
+    """
+    if point.probabilities is None:
+        data = rows.total(_product_anew, point.table, direction)
+    else:
+        data = _product(rows, point.probabilities, direction)
+    return data + penalty.product(direction)
+
+
+def _product_anew(rows: Examples, table: Array, direction: Array) -> Array:
+    return _product(rows, _probabilities(rows, table), direction)
+
+
+def _product(rows: Examples, p: Array, direction: Array) -> Array:
+    dz = centre(p, rows.design.logits(direction))
+    return rows.transpose(rows.share * (p * dz))
+
+
+def _probabilities(rows: Examples, table: Array) -> Array:
+    return losses_and_residuals(rows.logits(table.astype(rows.dtype)), rows.labels)[2]
+
+
+def point_at(rows: Examples, table: Array) -> Point:
+    """A table and its probabilities, if they are kept, for products with the Hessian there."""
+    p = _probabilities(rows, table) if rows.kept else None
+    return Point(table, jnp.zeros_like(table), p)
+
+
+def centre(p: Array, values: Array) -> Array:
+    """`values` less their mean under the probabilities p.
+
+    Twice, as in softmax's own derivative: the second restores what the first one rounded.
+    """
+    for _ in range(2):
+        values = values - sum_over_classes(p, values)[None]
+    return values
+
+
+def sum_over_classes(p: Array, values: Array) -> Array:
     """The sum of p_k v_k over the classes, which come first.
 
     XLA:CPU's own reduction over them takes 2 to 8 times as long.
@@ -178,58 +200,18 @@ def _sum_over_classes(p: Array, values: Array) -> Array:
     )
 
 
-_FEW = 12  # classes whose rows are read side by side
-_LOGITS = 2**22  # the most that are formed at once, if it is more than an eighth of the features
-_BLOCK = 2**20  # logits of a block, of those that are not
+def hessian_weight(rows: Examples, point: Point) -> Array:
+    """c_i p_ik (1 - p_ik), the factor of x_i x_i^T in the Hessian's diagonal blocks.
 
-
-def in_blocks(classes: int, problem: Problem) -> bool:
-    """Whether the logits are too many to be formed at once."""
-    examples, width = problem.features.shape
-    return examples * classes > max(_LOGITS, examples * width // 8)
-
-
-def _block_size(params: Params, problem: Problem) -> int:
-    """How many rows' logits are formed at a time."""
-    classes = params.bias.size
-    return max(_BLOCK // classes, 1) if in_blocks(classes, problem) else len(problem.share)
-
-
-def _linear(params: Params, features: Array) -> Array:
-    weights, bias = params
-    return weights @ features.astype(weights.dtype).T + bias[:, None]
-
-
-def _logits(params: Params, problem: Problem) -> Float[Array, "classes examples"]:
-    logits = _linear(params, problem.features)
-    return logits if problem.offset is None else logits + problem.offset
-
-
-def _column(classes: Array | None) -> Array | None:
-    return None if classes is None else classes[:, None]
-
-
-def _mean_loss(params: Params, problem: Problem) -> Array:
-    where = _column(problem.classes)
-    losses = cross_entropy(_logits(params, problem), problem.labels, axis=0, where=where)
-    # An example of share 0 is dropped, be its loss finite or not.
-    return jnp.sum(problem.share * jnp.where(problem.share == 0, 0, losses))
-
-
-def _penalty(params: Params, problem: Problem) -> Array:
-    return jnp.sum(problem.l2 / 2 * params.weights**2)
-
-
-def centred(params: Params, classes: Bool[Array, " classes"]) -> Params:
-    """The representative with sum 0 over the present classes, and 0 for the absent ones.
-
-    It has the same probabilities, and of all such it has the least norm.
+    It has shape (classes, problems, examples); where probabilities are not kept it is the mean over
+    the classes, of shape (1, problems, examples).
     """
-    return Params(*(sum_zero(value, classes) for value in params))
+    p = point.probabilities
+    if p is not None:
+        return rows.share * p * (1 - p)
 
+    def of_block(block: Examples) -> Array:
+        p = _probabilities(block, point.table)
+        return block.share * jnp.mean(p * (1 - p), 0, keepdims=True)
 
-def sum_zero(value: Array, classes: Bool[Array, " classes"]) -> Array:
-    """`value` (classes, ...) less its mean over the present classes; 0 for the absent ones."""
-    mask = classes.reshape(-1, *[1] * (value.ndim - 1))
-    count = jnp.sum(classes).astype(value.dtype)
-    return jnp.where(mask, value - jnp.sum(jnp.where(mask, value, 0), 0) / count, 0)
+    return rows.each(of_block)

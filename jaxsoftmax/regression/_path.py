@@ -1,6 +1,5 @@
 """Fits along a path of penalties."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,14 +12,16 @@ from jaxtyping import Float, Shaped
 from jaxsoftmax import _checks
 from jaxsoftmax._runtime import partitioned, precise
 from jaxsoftmax.functional._stable import compute_dtype
-from jaxsoftmax.regression._data import Problem, make_problem, probabilities, sum_over_rows
-from jaxsoftmax.regression._fit import checked, solved
-from jaxsoftmax.regression._objective import Params
-from jaxsoftmax.regression.solver._lbfgs import Fit
+from jaxsoftmax.regression._data import Arguments, make_problem
+from jaxsoftmax.regression._fit import check_arguments, solve
+from jaxsoftmax.regression._params import Params
+from jaxsoftmax.regression._plan import DEFAULT
+from jaxsoftmax.regression._result import Fit
+from jaxsoftmax.regression._rows import Examples, Raw
+from jaxsoftmax.regression.solver._model import standard_coordinates
 
 _MOVE = 1e-2  # of the logits under the strongest penalty of a grid
 _DECADES = 8
-_LOGITS = 2**20  # of a block of examples
 
 
 def l2_grid(
@@ -85,44 +86,33 @@ def _l2_grid(
     fit_bias: bool,
 ) -> Array:
     dtype = compute_dtype(features.dtype)
-    problem = make_problem(
-        features,
-        labels,
-        l2=jnp.zeros((), dtype),
-        sample_weight=sample_weight,
-        num_classes=num_classes,
-    )
-    size = max(_LOGITS // num_classes, 1)
-    tiny, most = jnp.finfo(dtype).tiny, jnp.finfo(dtype).max
-
-    def summed(of_rows: Callable[[Problem], Array]) -> Array:
-        return sum_over_rows(of_rows, problem, size)
-
-    if fit_bias:
-        p = summed(lambda rows: probabilities(rows, num_classes) @ rows.share)
-        mean = problem.share @ features.astype(dtype)
-    else:
-        assert problem.classes is not None
-        present = problem.classes.astype(dtype)
-        p = present / jnp.sum(present)
-        mean = jnp.zeros(features.shape[1], dtype)
-    # In units of the largest entry, and then of the largest gradient, lest squares overflow.
-    unit = jnp.maximum(jnp.max(jnp.abs(features.astype(dtype) - mean), initial=0), tiny)
-
-    def columns(rows: Problem) -> Array:
-        return (rows.features.astype(dtype) - mean) / unit
-
-    def of_weights(rows: Problem) -> Array:
-        residuals = rows.share * (probabilities(rows, num_classes) - p[:, None])
-        return residuals @ columns(rows)
-
-    gradient = summed(of_weights)
-    steepest = jnp.maximum(jnp.max(jnp.abs(gradient), initial=0), tiny)
-    squares = summed(lambda rows: (gradient / steepest @ columns(rows).T) ** 2 @ rows.share)
-    largest = jnp.sqrt(jnp.max(squares)) / _MOVE * steepest * unit * unit
+    problem = make_problem(features, labels, sample_weight, num_classes=num_classes)
+    tiny, largest = jnp.finfo(dtype).tiny, jnp.finfo(dtype).max
+    # In units of the largest deviation, and then of the steepest gradient, or squares overflow.
+    standard = standard_coordinates(features, problem.share, fit_bias=fit_bias, plan=DEFAULT)
+    unit = jnp.maximum(jnp.max(standard.scale, initial=0), tiny)
+    in_units = standard._replace(inverse=jnp.full_like(standard.inverse, 1 / unit))
+    block = DEFAULT.block(*features.shape, num_classes)
+    rows = Examples.of(problem, Raw(features, in_units), num_classes, block)
+    p = rows.target
+    if not fit_bias:
+        p = rows.present / jnp.sum(rows.present).astype(dtype)
+    gradient = rows.total(_gradient_at_shares, p)
+    steepest = jnp.maximum(jnp.max(jnp.abs(gradient)), tiny)
+    squares = jnp.max(rows.total(_mean_squares, gradient / steepest))
+    strongest = jnp.sqrt(squares) / _MOVE * steepest * unit * unit
     # Where the features say nothing, any penalty does.
-    largest = jnp.where(jnp.max(squares) > 0, jnp.clip(largest, tiny, most), 1)
-    return largest * 10 ** -jnp.linspace(0, _DECADES if num > 1 else 0, num, dtype=dtype)
+    strongest = jnp.where(squares > 0, jnp.clip(strongest, tiny, largest), 1)
+    return strongest * 10 ** -jnp.linspace(0, _DECADES if num > 1 else 0, num, dtype=dtype)
+
+
+def _gradient_at_shares(rows: Examples, p: Array) -> Array:
+    """The gradient where every example has the probabilities p."""
+    return rows.transpose(rows.share * (p - rows.targets())).at[:, :, -1].set(0)
+
+
+def _mean_squares(rows: Examples, table: Array) -> Array:
+    return jnp.sum(rows.share * rows.logits(table) ** 2, 2)
 
 
 def fit_path(
@@ -180,7 +170,7 @@ def fit_path(
             sample_weight=sample_weight,
             fit_bias=fit_bias,
         )
-    arrays, static = checked(
+    arguments, static = check_arguments(
         features,
         labels,
         num_classes=num_classes,
@@ -193,10 +183,9 @@ def fit_path(
         tol=tol,
         max_iter=max_iter,
     )
-    return _fit_path(*arrays, **static)
+    return solve_path(arguments, **static)
 
 
-@partial(jax.jit, static_argnames=("num_classes", "fit_bias", "solver"))
-@partitioned
-def _fit_path(features: Array, labels: Array, l2s: Array, *others: Any, **static: Any) -> Fit:
-    return jax.vmap(lambda l2: solved(features, labels, l2, *others, **static))(l2s)
+def solve_path(arguments: Arguments, **static: Any) -> Fit:
+    """Fits under each of the penalties `arguments.l2`."""
+    return jax.vmap(lambda l2: solve(arguments._replace(l2=l2), **static))(arguments.l2)

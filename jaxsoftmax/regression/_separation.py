@@ -10,7 +10,8 @@ from jaxtyping import Shaped
 from jaxsoftmax import _checks
 from jaxsoftmax._runtime import partitioned, precise
 from jaxsoftmax.regression._data import Problem, make_problem
-from jaxsoftmax.regression._objective import Params, value_and_gradient
+from jaxsoftmax.regression._objective import as_they_came, evaluate, table_of
+from jaxsoftmax.regression._params import Params
 from jaxsoftmax.regression.solver._implicit import solve_hessian
 
 
@@ -71,12 +72,7 @@ def diverging_weights(
     shape = (features.shape[0], num_classes)
     sample_weight, offset = _checks.weights_and_offset(sample_weight, offset, shape)
     problem = make_problem(
-        features.astype(dtype),
-        labels,
-        l2=jnp.zeros((), dtype),
-        sample_weight=sample_weight,
-        offset=offset,
-        num_classes=num_classes,
+        features.astype(dtype), labels, sample_weight, offset, num_classes=num_classes
     )
     return _diverging(Params(weights, bias.astype(dtype)), problem, fit_bias=fit_bias)
 
@@ -86,12 +82,13 @@ def diverging_weights(
 @partitioned
 def _diverging(params: Params, problem: Problem, *, fit_bias: bool) -> Params:
     params = params._replace(bias=jnp.where(params.bias == -jnp.inf, 0, params.bias))
-    _, gradient = value_and_gradient(params, problem)
-    right = jax.tree.map(jnp.negative, gradient)
-    step = solve_hessian(params, problem, right, fit_bias=fit_bias)
+    rows, penalty = as_they_came(problem, params.bias.size, jnp.zeros((), params.bias.dtype))
+    table = table_of(params)
+    _, point = evaluate(rows, penalty, table)
+    step = solve_hessian(table, rows, penalty, -point.gradient, fit_bias=fit_bias)
     mean = problem.share @ problem.features
-    spread = problem.share @ jnp.abs(problem.features - mean)
+    deviation = problem.share @ jnp.abs(problem.features - mean)
     # Of the logits, which of a separated example move by about 1.
-    moves = Params(jnp.abs(step.weights) * spread, jnp.abs(step.bias + step.weights @ mean))
+    moves = Params(jnp.abs(step.weights) * deviation, jnp.abs(step.bias + step.weights @ mean))
     largest = jnp.maximum(moves.weights.max(), moves.bias.max())
     return jax.tree.map(lambda move: (move > 0.1 * largest) & (largest > 0.1), moves)

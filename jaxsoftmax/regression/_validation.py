@@ -1,5 +1,6 @@
 """Cross-validation: fits judged by examples that they have not seen."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -13,12 +14,15 @@ from jaxtyping import Float, Int, Shaped
 from jaxsoftmax import _checks
 from jaxsoftmax._runtime import partitioned, precise
 from jaxsoftmax.functional import softmax
+from jaxsoftmax.functional._stable import compute_dtype
 from jaxsoftmax.losses import cross_entropy
-from jaxsoftmax.regression._data import Problem, make_problem, probabilities, sum_over_rows
-from jaxsoftmax.regression._fit import checked, solved
-from jaxsoftmax.regression._objective import Params
-from jaxsoftmax.regression._path import l2_grid
-from jaxsoftmax.regression.solver._lbfgs import Fit
+from jaxsoftmax.regression._data import Arguments, make_problem
+from jaxsoftmax.regression._fit import check_arguments
+from jaxsoftmax.regression._objective import as_they_came
+from jaxsoftmax.regression._params import Params
+from jaxsoftmax.regression._path import l2_grid, solve_path
+from jaxsoftmax.regression._result import Fit
+from jaxsoftmax.regression._rows import Examples
 
 _LOGITS = 2**20  # of a block of examples that are scored
 
@@ -123,7 +127,7 @@ def cross_validate(
             sample_weight=sample_weight,
             fit_bias=fit_bias,
         )
-    arrays, static = checked(
+    arguments, static = check_arguments(
         features,
         labels,
         num_classes=num_classes,
@@ -136,9 +140,8 @@ def cross_validate(
         tol=tol,
         max_iter=max_iter,
     )
-    x, y, penalties, weight, *others = arrays
-    masks = fold_masks(folds, y, weight)
-    return _cross_validated(masks, x, y, penalties, weight, *others, **static)
+    masks = fold_masks(folds, arguments.labels, arguments.sample_weight)
+    return _cross_validated(arguments, masks, **static)
 
 
 def stratified_folds(
@@ -178,14 +181,17 @@ def stratified_folds(
     if not _checks.class_labels(classes, classes.shape[:1], "(examples,)"):
         classes = jnp.argmax(classes, 1)
     count = len(classes)
-    shuffled = jnp.arange(count) if key is None else jax.random.permutation(key, count)
+    known = _checks.known(classes) if key is None else None
+    xp: Any = jnp if known is None else np  # of which NumPy has nothing to compile
+    classes = classes if known is None else known
+    shuffled = xp.arange(count) if key is None else jax.random.permutation(key, count)
     classes = classes[shuffled]
     # Sorted by class, every num_folds-th example is of the same fold; within a class the same
     # folds are then given out in order.
-    by_class = jnp.argsort(classes)
-    turns = jnp.arange(count, dtype=jnp.int32) % num_folds
-    ordered = turns[jnp.lexsort((turns, classes[by_class]))]
-    return jnp.zeros(count, jnp.int32).at[shuffled[by_class]].set(ordered)
+    by_class = xp.argsort(classes, stable=True)
+    turns = xp.arange(count, dtype=np.int32) % num_folds
+    ordered = turns[xp.lexsort((turns, classes[by_class]))]
+    return jnp.asarray(ordered[xp.argsort(shuffled[by_class])])
 
 
 def fold_masks(
@@ -250,55 +256,48 @@ class Scores(NamedTuple):
     brier: Array
 
 
-@partial(jax.jit, static_argnames=("num_classes", "fit_bias", "solver"))
-@precise
 @partitioned
-def validated(
-    features: Array,
-    labels: Array,
-    l2s: Array,
-    fitted: Array,
-    held_out: Array,
-    *others: Any,
-    **static: Any,
+def validate(
+    arguments: Arguments, l2s: Array, fitted: Array, held_out: Array, **static: Any
 ) -> tuple[Fit, Scores]:
     """Fits with weights `fitted` (fits, examples) under `l2s` (fits, penalties), and scores of the
     first of them with weights `held_out` (folds, examples)."""
 
     def fit(weight: Array, l2: Array) -> Fit:
-        return solved(features, labels, l2, weight, *others, **static)
+        return solve_path(arguments._replace(sample_weight=weight, l2=l2), **static)
 
-    fits = jax.vmap(jax.vmap(fit, (None, 0)))(fitted, l2s)
-
-    def scores_of_fold(of_fold: tuple[Array, Params]) -> Scores:
-        weight, params = of_fold
-        problem = make_problem(features, labels, l2=jnp.zeros_like(l2s[0, 0]), sample_weight=weight)
-        return lax.map(lambda params: _scores(params, problem), params)
-
-    of_folds = jax.tree.map(lambda values: values[: len(held_out)], fits.params)
-    return fits, lax.map(scores_of_fold, (held_out, of_folds))
+    fits = jax.vmap(fit)(fitted, l2s)
+    scores = _score_folds(
+        arguments.features, arguments.labels, held_out, fits.params, static["num_classes"]
+    )
+    return fits, scores
 
 
-@partial(jax.jit, static_argnames=("num_classes", "fit_bias", "solver"))
 @partitioned
-def _cross_validated(
-    masks: Array,
-    features: Array,
-    labels: Array,
-    l2s: Array,
-    sample_weight: Array | None,
-    *others: Any,
-    **static: Any,
-) -> CrossValidation:
+def _cross_validated(arguments: Arguments, masks: Array, **static: Any) -> CrossValidation:
     """`cross_validate` of checked arguments. The last of the fits is that of all examples."""
-    weight = jnp.ones(len(features), l2s.dtype) if sample_weight is None else sample_weight
-    fitted = jnp.concatenate([jnp.where(masks == 0, weight, 0), weight[None]])
-    held_out = jnp.where(masks == 1, weight, 0)
-    of_fits = jnp.broadcast_to(l2s, (len(fitted), *l2s.shape))
-    fits, scores = validated(features, labels, of_fits, fitted, held_out, *others, **static)
-    best, one_standard_error = _chosen(scores.known_log_loss, l2s)
+    fitted, held_out, l2s = _fold_weights(arguments, masks)
+    fits, scores = validate(arguments, l2s, fitted, held_out, **static)
+    return _chosen_and_packed(l2s, fits, scores)
+
+
+@jax.jit
+def _fold_weights(arguments: Arguments, masks: Array) -> tuple[Array, Array, Array]:
+    """Weights in fits and in scores, and the penalties of each fit."""
+    dtype = compute_dtype(arguments.features.dtype)
+    weight = arguments.sample_weight
+    weight = jnp.ones(masks.shape[1], dtype) if weight is None else weight
+    fitted = jnp.concatenate([jnp.where(masks == 0, weight[None], 0), weight[None]])
+    held_out = jnp.where(masks == 1, weight[None], 0)
+    l2s = arguments.l2.astype(dtype)
+    return fitted, held_out, jnp.broadcast_to(l2s[None], (len(fitted), l2s.size))
+
+
+@jax.jit
+def _chosen_and_packed(l2s: Array, fits: Fit, scores: Scores) -> CrossValidation:
+    best, one_standard_error = _chosen(scores.known_log_loss, l2s[0])
     return CrossValidation(
-        l2s=l2s,
+        l2s=l2s[0],
         path=jax.tree.map(lambda values: values[-1], fits),
         fold_fits=jax.tree.map(lambda values: values[:-1], fits),
         log_loss=scores.log_loss,
@@ -309,35 +308,51 @@ def _cross_validated(
     )
 
 
-def _scores(params: Params, problem: Problem) -> Scores:
-    classes = params.bias.size
+@partial(jax.jit, static_argnums=4)
+@precise
+def _score_folds(
+    features: Array, labels: Array, held_out: Array, params: Params, num_classes: int
+) -> Scores:
+    """Scores (folds, penalties) of parameters (folds or more, penalties, ...)."""
+    dtype = params.bias.dtype
+    count = params.bias.shape[1]
 
-    def block(rows: Problem) -> tuple[Scores, Array]:
-        logits = params.weights @ rows.features.astype(params.weights.dtype).T
-        logits += params.bias[:, None]
-        # Under a class that was not fitted, with probability 0, its bias is -inf.
-        p = softmax(logits, 0)
-        targets = probabilities(rows, classes)
-        own = jnp.argmax(targets, 0)
-        losses = cross_entropy(logits, rows.labels, axis=0)
-        known = losses != jnp.inf
-        scores = Scores(
-            log_loss=losses,
-            known_log_loss=jnp.where(known, losses, 0),
-            # The largest of NaN is the first, which is no answer.
-            accuracy=jnp.where(
-                jnp.isnan(losses), losses, (jnp.argmax(logits, 0) == own).astype(p.dtype)
-            ),
-            brier=jnp.sum((p - targets) ** 2, 0),
-        )
-        return jax.tree.map(
-            lambda v: jnp.sum(jnp.where(rows.share == 0, 0, rows.share * v)),
-            (scores, known.astype(p.dtype)),
-        )
+    def of_fold(fold: tuple[Array, Params]) -> Scores:
+        weight, params = fold
+        problem = make_problem(features, labels, weight, num_classes=num_classes)
+        rows, _ = as_they_came(problem, num_classes, jnp.zeros((), dtype))
+        # A class without examples in this fold has a probability all the same.
+        block = max(_LOGITS // (num_classes * count), 1)
+        rows = replace(rows, block=block, target=jnp.ones_like(rows.target))
+        table = jnp.concatenate([params.weights, params.bias[..., None]], 2)
+        scores, share = rows.total(_score_sums, jnp.moveaxis(table, 1, 0))
+        known = scores.known_log_loss / jnp.where(share > 0, share, 1)
+        return scores._replace(known_log_loss=jnp.where(share > 0, known, jnp.inf))
 
-    scores, share = sum_over_rows(block, problem, max(_LOGITS // classes, 1))
-    known = jnp.where(share > 0, scores.known_log_loss / jnp.where(share > 0, share, 1), jnp.inf)
-    return scores._replace(known_log_loss=known)
+    folds = jax.tree.map(lambda values: values[: len(held_out)], params)
+    return lax.map(of_fold, (held_out, folds))
+
+
+def _score_sums(rows: Examples, table: Array) -> tuple[Scores, Array]:
+    """Sums (problems,) over the examples, and the share of those with a finite loss."""
+    logits = rows.logits(table)
+    p, targets = softmax(logits, 0), rows.targets()
+    labels = rows.labels if rows.probability_labels else rows.labels[0]
+    shape = p.shape[rows.labels.ndim - labels.ndim :]
+    losses = cross_entropy(logits, jnp.broadcast_to(labels, shape), axis=0)[None]
+    known = losses != jnp.inf
+    right = jnp.argmax(logits, 0) == jnp.argmax(targets, 0)
+    scores = Scores(
+        log_loss=losses,
+        known_log_loss=jnp.where(known, losses, 0),
+        # The largest of NaN is the first, which is no answer.
+        accuracy=jnp.where(jnp.isnan(losses), losses, right[None].astype(p.dtype)),
+        brier=jnp.sum((p - targets) ** 2, 0, keepdims=True),
+    )
+    return jax.tree.map(
+        lambda v: jnp.sum(jnp.where(rows.share == 0, 0, rows.share * v), (0, 2)),
+        (scores, known.astype(p.dtype)),
+    )
 
 
 def _chosen(losses: Float[Array, "folds penalties"], l2s: Array) -> tuple[Array, Array]:

@@ -1,133 +1,141 @@
-"""Preconditioned conjugate gradients with a stopping rule of the caller."""
+"""Preconditioned conjugate gradients for problems side by side."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import DTypeLike
+from jaxtyping import Float
 
-from jaxsoftmax._runtime import ALONE, Lanes
+from jaxsoftmax.regression._penalty import inner
 
-Product = Callable[[Array, Array], Array]  # with H, of a vector; needed where the flag is set
+# Directions d of conjugate gradients, of length d^T H d = 1, and their images H d.
+Memory = Float[Array, "2 size classes problems columns"]
 
-_Value = TypeVar("_Value")
 
+class Stop(NamedTuple):
+    """When to stop, for each problem.
 
-class Memory(NamedTuple):
-    """Directions d of conjugate gradients, of length d^T H d = 1, and their images H d."""
+    Attributes:
+      precise: a decrement up to which only `enough` counts.
+      forcing: the part of r^T M r, for the residual r and the preconditioner M, that may be left.
+      enough: the squared 2-norm of the scaled residual that may be left,
+      decrement: if r^T M r is no larger than this.
+      largest: a decrement that is beyond belief.
+      most: the most steps; below 0, the problem needs no direction.
+    """
 
-    directions: Array
-    images: Array
+    precise: Array
+    forcing: Array
+    enough: Array
+    decrement: Array
+    largest: Array
+    most: Array
 
 
 class Progress(NamedTuple):
-    """An approximate solution x of H x = b, for a positive semidefinite H.
+    """Approximate solutions x of H x = b, for a positive semidefinite H.
 
-    `squared` is r^T M r for the residual r and the preconditioner M, and was `first` at the start;
-    `decrement` is b^T x, which grows to b^T H^+ b. `broken` says that rounding left no positive
-    curvature along a direction, or so little that the step overflows, or that M b is no number.
-    `memory` has the last directions.
+    `numbers` (5, problems) are r^T M r for the residual r and the preconditioner M at the start and
+    now, the decrement b^T x, which grows to b^T H^+ b, the number of steps, and 1 for a problem
+    that goes on. It ends, too, where rounding leaves no positive curvature along its direction.
     """
 
     x: Array
     residual: Array
     direction: Array
-    first: Array
-    squared: Array
-    decrement: Array
-    steps: Array
-    broken: Array
-    running: Array
-    memory: Memory | None
+    memory: Array
+    numbers: Array
 
 
 def conjugate_gradient(
-    product: Product,
+    product: Callable[[Array], Array],
     precondition: Callable[[Array], Array],
     b: Array,
-    proceed: Callable[[Progress], Array],
-    memory: Memory | None = None,
-    lanes: Lanes = ALONE,
+    stop: Stop,
+    scale: Array,
+    memory: Array,
+    while_loop: Callable[..., Any] = lax.while_loop,
 ) -> Progress:
-    """Solve H x = b from x = 0 as long as `proceed` says so. `memory` is written over.
+    """Solve H x = b from x = 0.
+
+    Args:
+      product: H times a table.
+      precondition: M times a table.
+      b: (classes, problems, columns).
+      stop: when to stop.
+      scale: of residuals, for `stop.enough`.
+      memory: is written over.
+      while_loop: runs the iteration, `lax.while_loop` or a Python loop.
 
     Reference:
       Nocedal, Wright (2006), Numerical Optimization, algorithm 5.3.
     """
 
-    def step(at: Progress) -> Progress:
-        image = product(at.direction, at.running)
-        curvature = jnp.sum(at.direction * image)
-        curved = (curvature > 0) & (curvature < jnp.inf)
-        alpha = at.squared / jnp.where(curved, curvature, 1)
-        broken = ~(curved & jnp.isfinite(alpha * at.squared))
-        alpha = jnp.where(broken, 0, alpha)
-        scale = jnp.where(broken, 0, lax.rsqrt(jnp.where(broken, 1, curvature)))
-        new = at._replace(
-            x=at.x + alpha * at.direction,
-            residual=at.residual - alpha * image,
-            decrement=at.decrement + alpha * at.squared,
-            steps=at.steps + 1,
-            broken=broken,
-            memory=None,
-        )
-        new = lanes.only(at.running, new, at._replace(memory=None))
-        return new._replace(memory=written(at, image * scale, scale))
-
-    def written(at: Progress, image: Array, scale: Array) -> Memory | None:
-        """The memory with the direction and its image instead of the oldest ones."""
-        if at.memory is None:
-            return None
-        slot = lanes.most(at.steps) % len(at.memory.images)
-
-        def put(old: Array, new: Array) -> Array:
-            new = new.astype(old.dtype)
-            if lanes.axis_name is not None:
-                new = jnp.where(
-                    at.running, new, lax.dynamic_index_in_dim(old, slot, keepdims=False)
-                )
-            return lax.dynamic_update_index_in_dim(old, new, slot, 0)
-
-        return Memory(put(at.memory.directions, at.direction * scale), put(at.memory.images, image))
-
     def advance(at: Progress) -> Progress:
-        preconditioned = precondition(at.residual)
-        squared = jnp.sum(at.residual * preconditioned)
-        start = at.steps == 0
-        new = at._replace(
-            direction=preconditioned + jnp.where(start, 0, squared / at.squared) * at.direction,
-            first=jnp.where(start, squared, at.first),
-            squared=squared,
-            broken=at.broken | ~(squared >= jnp.where(start, 0, -jnp.inf)),
-        )
-        new = new._replace(running=(squared > 0) & ~new.broken & proceed(new), memory=None)
-        new = lanes.only(at.running, new, at._replace(memory=None))._replace(memory=at.memory)
-        return once(lanes.any(new.running), step, new)
+        z = precondition(at.residual)
+        first, before, decrement, steps, running = at.numbers
+        squared, scaled = inner(at.residual, z), at.residual * scale
+        first = jnp.where(steps == 0, squared, first)
+        beta = jnp.where(steps == 0, 0, squared / before)
+        left = inner(scaled, scaled)
+        far = (decrement > stop.precise) | ((steps == 0) & (stop.precise < jnp.inf))
+        enough = (left <= stop.enough) & (squared <= stop.decrement) & (steps > 0)
+        done = (far & (squared <= stop.forcing * first)) | enough
+        most = jnp.where(far | (stop.most < 0), stop.most, _PRECISE)
+        going = (running > 0) & (squared > 0) & (squared < jnp.inf) & ~done & (steps < most)
+        going &= decrement <= stop.largest
+        numbers = jnp.stack([first, squared, decrement, steps, going.astype(z.dtype)])
+        direction = jnp.where(_over(going), z + _over(beta) * at.direction, at.direction)
+        at = at._replace(direction=direction, numbers=numbers)
+        return _cond(jnp.any(going), step, at)
 
-    one = jnp.ones((), b.dtype)
-    start = Progress(
-        x=jnp.zeros_like(b),
-        residual=b,
-        direction=jnp.zeros_like(b),
-        first=one,
-        squared=one,
-        decrement=jnp.zeros_like(one),
-        steps=jnp.zeros((), jnp.int32),
-        broken=jnp.zeros((), bool),
-        running=jnp.ones((), bool),
-        memory=memory,
-    )
-    end: Progress = lax.while_loop(lambda at: lanes.any(at.running), advance, start)
+    size = memory.shape[1]
+
+    def step(at: Progress) -> Progress:
+        image = product(at.direction)
+        first, squared, decrement, steps, running = at.numbers
+        curvature = inner(at.direction, image)
+        curved = (running > 0) & (curvature > 0) & (curvature < jnp.inf)
+        safe = jnp.where(curved, curvature, 1)
+        alpha = jnp.where(curved, squared / safe, 0)
+        length = jnp.where(curved, lax.rsqrt(safe), 0)
+        curved = curved.astype(b.dtype)
+        return Progress(
+            x=at.x + _over(alpha) * at.direction,
+            residual=at.residual - _over(alpha) * image,
+            direction=at.direction,
+            memory=_remember(at.memory, at.direction, image, length, steps) if size else at.memory,
+            numbers=jnp.stack(
+                [first, squared, decrement + alpha * squared, steps + curved, curved]
+            ),
+        )
+
+    nothing, one = jnp.zeros_like(b), jnp.ones(b.shape[1], b.dtype)
+    numbers = jnp.stack([one, one, 0 * one, 0 * one, one])
+    start = Progress(nothing, b, nothing, memory, numbers)
+    end: Progress = while_loop(lambda at: jnp.any(at.numbers[4] > 0), advance, start)
     return end
 
 
-def empty_memory(size: int, like: Array, dtype: DTypeLike) -> Memory:
-    zeros = jnp.zeros((size, *like.shape), dtype)
-    return Memory(zeros, zeros)
+_PRECISE = 500  # steps of a direction that is to be found well
 
 
-def informed(precondition: Callable[[Array], Array], memory: Memory) -> Callable[[Array], Array]:
+def _cond(condition: Array, f: Callable[[Progress], Progress], at: Progress) -> Progress:
+    """f(at) on a condition, which may be known."""
+    result: Progress = lax.cond(condition, f, lambda at: at, at)
+    return result
+
+
+def _remember(memory: Array, direction: Array, image: Array, length: Array, steps: Array) -> Array:
+    """The memory with a direction and its image in place of the oldest ones; 0 of a problem that
+    took no step."""
+    slot = jnp.max(steps).astype(jnp.int32) % memory.shape[1]
+    pair = jnp.stack([direction, image])[:, None] * length[None, None, None, :, None]
+    return lax.dynamic_update_slice_in_dim(memory, pair, slot, 1)
+
+
+def informed(precondition: Callable[[Array], Array], memory: Array) -> Callable[[Array], Array]:
     r"""The preconditioner M, made exact along the directions S of `memory`, with images Y = H S:
 
     .. math:: (I - S Y^T)\, M\, (I - Y S^T) + S S^T.
@@ -138,22 +146,23 @@ def informed(precondition: Callable[[Array], Array], memory: Memory) -> Callable
       Gratton, Sartenaer, Tshimanga (2011), On a class of limited memory preconditioners for large
       scale linear systems with multiple right-hand sides, SIAM Journal on Optimization 21.
     """
-    size = len(memory.directions)
-    directions, images = (part.reshape(size, -1) for part in memory)
+    directions, images = memory
+
+    def along(vectors: Array, table: Array) -> Array:
+        return jnp.einsum("sklj,klj->ls", vectors, table)
+
+    def combine(factors: Array, vectors: Array) -> Array:
+        return jnp.einsum("ls,sklj->klj", factors, vectors)
 
     def apply(residual: Array) -> Array:
-        along = directions @ residual.ravel()
-        rest = precondition(residual - (along @ images).reshape(residual.shape))
-        along -= images @ rest.ravel()
-        return rest + (along @ directions).reshape(residual.shape)
+        part = along(directions, residual)
+        rest = precondition(residual - combine(part, images))
+        part = part - along(images, rest)
+        return rest + combine(part, directions)
 
     return apply
 
 
-def once(wanted: Array, f: Callable[[_Value], _Value], value: _Value) -> _Value:
-    """f(value) if `wanted`, else `value`: a `cond` that under vmap is run only if one wants it."""
-    return lax.while_loop(
-        lambda carry: carry[0],
-        lambda carry: (jnp.zeros_like(carry[0]), f(carry[1])),
-        (wanted, value),
-    )[1]
+def _over(scalar: Array) -> Array:
+    """A number of each problem, to be multiplied with tables."""
+    return scalar[None, :, None]

@@ -1,50 +1,87 @@
 """Linear systems with the Hessian at given parameters: derivatives of an optimum, Newton steps."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax.regression._data import Problem
-from jaxsoftmax.regression._objective import Params, curvature
-from jaxsoftmax.regression.solver import _coordinates, _preconditioner
-from jaxsoftmax.regression.solver._cg import Progress, conjugate_gradient
-from jaxsoftmax.regression.solver._frame import plan_of
+from jaxsoftmax.regression._objective import Point, hessian_product, hessian_weight, point_at
+from jaxsoftmax.regression._params import Params
+from jaxsoftmax.regression._penalty import Ridge
+from jaxsoftmax.regression._plan import DEFAULT
+from jaxsoftmax.regression._rows import Dense, Examples, Raw
+from jaxsoftmax.regression.solver import _preconditioner
+from jaxsoftmax.regression.solver._cg import Stop, conjugate_gradient
+from jaxsoftmax.regression.solver._model import standard_coordinates
 
 _STEPS = 1000
 
 
-def solve_hessian(params: Params, problem: Problem, right: Params, *, fit_bias: bool) -> Params:
+def solve_hessian(
+    table: Array, rows: Examples, penalty: Ridge, right: Array, *, fit_bias: bool
+) -> Params:
     """The solution V of H V = `right` with sum 0 over the present classes.
 
-    It is accurate to about the rounding of the dtype, and can be differentiated and transposed.
+    Table, examples, penalty and right side are of the features as they came. The solution is
+    accurate to about the rounding of the dtype, and can be differentiated and transposed.
     """
-    dtype = problem.share.dtype
-    examples, width = problem.features.shape
-    classes = params.bias.size
-    view = _coordinates.view(problem, centre=fit_bias)
-    # A column without spread has a derivative: that with respect to its entries.
-    view = view._replace(inverse=jnp.where(view.inverse > 0, view.inverse, 1))
-    fast = _coordinates.standard(view, _coordinates.standard_columns(view, dtype))
-    free = _coordinates.projection(problem, classes, fit_bias=fit_bias)
-    at = curvature(fast.params(view.table_of(params)), fast.problem)
-    plan = plan_of(problem, classes)
-    # The preconditioner changes the solution by rounding alone, and so has no derivative.
-    data, spread = lax.stop_gradient((fast.problem, at.spread()))
-    ridge = jnp.append(data.l2, 0 if fit_bias else 1)
-    mean = _preconditioner.covariance(data) if plan.groups and width <= examples else None
-    inverse = _preconditioner.inverse(data, spread, mean, ridge, plan)
+    dtype = rows.dtype
+    assert isinstance(rows.design, Raw)
+    features = rows.design.features
+    # Any fixed coordinates give the same solution, so they have no derivative.
+    coordinates = lax.stop_gradient(
+        standard_coordinates(features, rows.share[0, 0], fit_bias=fit_bias, plan=DEFAULT)
+    )
+    # A column without deviation has a derivative: that with respect to its entries.
+    inverse = jnp.where(coordinates.inverse > 0, coordinates.inverse, 1)
+    coordinates = coordinates._replace(inverse=inverse)
+    rows = replace(rows, design=Dense(coordinates.standardise(features)))
+    weight = penalty.weight * jnp.append(inverse, 0)[None, None] ** 2
+    penalty = Ridge(weight, 0 * weight)
+    present = rows.present.astype(dtype)
+    free = jnp.append(jnp.ones(inverse.size, dtype), fit_bias)[None, None]
+
+    def project(table: Array) -> Array:
+        mean = jnp.sum(present * table, 0, keepdims=True) / jnp.sum(present)
+        return (table - mean) * present * free
+
+    params = Params(table[None, :, 0, :-1], table[None, :, 0, -1])
+    point = point_at(rows, coordinates.table(params))
 
     def product(table: Array) -> Array:
-        return free(fast.table(at.product(fast.params(free(table)))))
+        return project(hessian_product(rows, penalty, point, project(table)))
+
+    # The preconditioner changes the solution by rounding alone, and so has no derivative.
+    fixed, fixed_point, ridge = lax.stop_gradient((rows, point, weight))
+    inverse_blocks = _inverse(fixed, fixed_point, ridge)
 
     def precondition(residual: Array) -> Array:
-        return free(_preconditioner.apply(inverse, free(residual)))
-
-    def proceed(cg: Progress) -> Array:
-        accuracy = 10 * jnp.finfo(dtype).eps
-        return (cg.squared > accuracy**2 * cg.first) & (cg.steps < _STEPS)
+        return project(_preconditioner.apply(inverse_blocks, project(residual)))
 
     def solve(_: object, b: Array) -> Array:
-        return free(conjugate_gradient(lambda table, _: product(table), precondition, b, proceed).x)
+        one = jnp.ones(1, dtype)
+        accuracy = 10 * jnp.finfo(dtype).eps
+        stop = Stop(-one, accuracy**2 * one, 0 * one, 0 * one, jnp.inf * one, _STEPS * one)
+        memory = jnp.zeros((2, 0, *b.shape), dtype)
+        end = conjugate_gradient(product, precondition, b, stop, one[None, None], memory)
+        return project(end.x)
 
-    table = lax.custom_linear_solve(product, free(view.table(right)), solve, symmetric=True)
-    return view.params(table)
+    sums, total = right[:, :, :-1], right[:, :, -1:]
+    b = project(coordinates.pull_back(sums, total))
+    weights, bias = coordinates.parameters(
+        lax.custom_linear_solve(product, b, solve, symmetric=True)
+    )
+    return Params(weights[:, 0], bias[:, 0, 0])
+
+
+def _inverse(rows: Examples, point: Point, ridge: Array) -> Array:
+    examples, columns = rows.shape
+    kept = point.probabilities is not None
+    sizes = DEFAULT.preconditioning(examples, columns - 1, len(rows.target), kept=kept)
+    weight = hessian_weight(rows, point)
+    if sizes.groups != len(weight):
+        weight = jnp.mean(weight, 0, keepdims=True)
+    if not sizes.groups or columns > examples:
+        return _preconditioner.inverse_diagonals(weight, ridge)
+    mean = _preconditioner.covariance(rows, rows.share[0, 0], DEFAULT)
+    return _preconditioner.inverse_blocks(rows, weight, mean, ridge, sizes.rows, DEFAULT)

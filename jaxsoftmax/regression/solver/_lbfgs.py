@@ -1,48 +1,20 @@
-"""Solvers of softmax regression and the result that they share."""
+"""L-BFGS, the plain reference."""
 
-import enum
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jaxtyping import Float, Int
 
-from jaxsoftmax.regression._objective import Params
-
-
-class Status(enum.IntEnum):
-    """How a fit ended: `Status(int(fit.status)).name`."""
-
-    CONVERGED = 0  # the gap is at most tol
-    STALLED = 1  # the precision of the dtype allows no more progress; the gap says how far it came
-    MAX_ITER = 2  # max_iter iterations did not bring the gap to tol
-    DIVERGED = 3  # the objective is not finite; the parameters are NaN
-    SEPARABLE = 4  # l2 is 0 and the classes are separated: no finite parameters are optimal
-
-
-class Fit(NamedTuple):
-    """Result of a fit, a pytree; under vmap every field has the leading axes of the problems.
-
-    Attributes:
-      params: weights (classes, features) and bias (classes,).
-      objective: mean loss plus penalty, in nats per example.
-      gap: bound on (objective - minimum) / objective: the duality gap where l2 > 0, half the
-        squared Newton decrement where l2 = 0; inf where neither is known, as far from any optimum.
-      gradient_norm: 2-norm of the objective's gradient.
-      iterations: iterations of the solver.
-      status: a `Status`.
-    """
-
-    params: Params
-    objective: Float[Array, "*problems"]
-    gap: Float[Array, "*problems"]
-    gradient_norm: Float[Array, "*problems"]
-    iterations: Int[Array, "*problems"]
-    status: Int[Array, "*problems"]
-
+from jaxsoftmax._runtime import precise
+from jaxsoftmax.functional._stable import compute_dtype
+from jaxsoftmax.regression._data import Arguments, make_problem
+from jaxsoftmax.regression._objective import objective
+from jaxsoftmax.regression._params import Params
+from jaxsoftmax.regression._result import Fit, Status
+from jaxsoftmax.regression.solver._vmapped import minimise
 
 # Iterations without a new least objective or gradient norm after which a solver has stalled.
 _PATIENCE = 10
@@ -60,21 +32,40 @@ class _Progress(NamedTuple):
     iterations: Array
 
 
-def lbfgs(
-    value_fn: Callable[[Params], Array],
-    certify: Callable[[Params], Fit],
-    init: Params,
-    *,
-    tol: Array,
-    max_iter: Array,
-) -> Fit:
+@partial(jax.jit, static_argnames=("num_classes", "fit_bias"))
+@precise
+def lbfgs(arguments: Arguments, *, num_classes: int, fit_bias: bool) -> Fit:
     """L-BFGS with a zoom line search (`optax.lbfgs`), until the relative gap is at most `tol`.
 
-    `certify` gives a certificate near its argument, and MAX_ITER if that does not suffice. As it
-    costs more than a gradient, one is asked for at `init` and then only when the gradient norm has
-    fallen to where the last certificate suggests that the gap is small enough. The iteration goes
-    on from the certified point, whose bias is better.
+    Newton's method without a step certifies a point. As that costs more than a gradient, it is
+    asked for at the start and then only when the gradient norm has fallen to where the last
+    certificate suggests that the gap is small enough.
     """
+    dtype = compute_dtype(arguments.features.dtype)
+    tol, max_iter = arguments.tol.astype(dtype), arguments.max_iter
+    l2 = arguments.l2.astype(dtype)
+    problem = make_problem(
+        arguments.features,
+        arguments.labels,
+        arguments.sample_weight,
+        arguments.offset,
+        num_classes=num_classes,
+    )
+    init = arguments.init
+    if init is None:
+        zeros = jnp.zeros((num_classes, arguments.features.shape[1]), dtype)
+        init = Params(zeros, jnp.zeros(num_classes, dtype))
+    # A class without examples has no finite bias.
+    finite = jnp.isfinite(init.bias) & fit_bias
+    init = init._replace(bias=jnp.where(finite, init.bias, 0))
+
+    def value_fn(params: Params) -> Array:
+        return objective(params, problem, l2, fit_bias=fit_bias)
+
+    def certify(params: Params) -> Fit:
+        at = arguments._replace(init=params, max_iter=jnp.zeros_like(max_iter))
+        return minimise(at, num_classes=num_classes, fit_bias=fit_bias)
+
     optimizer = optax.lbfgs()
 
     def step(at: _Progress) -> _Progress:
@@ -123,10 +114,10 @@ def lbfgs(
             [found.status, Status.MAX_ITER, Status.STALLED],
             RUNNING,
         )
+        bias = jnp.where(jnp.isneginf(found.params.bias), 0, found.params.bias)
+        params = found.params._replace(bias=bias)
         at = at._replace(
-            params=found.params,
-            objective=found.objective,
-            gradient=jax.grad(value_fn)(found.params),
+            params=params, objective=found.objective, gradient=jax.grad(value_fn)(params)
         )
         # Near the optimum the gap falls with the square of the gradient norm.
         factor = jnp.clip(jnp.sqrt(tol / found.gap), 1e-3, 0.5)

@@ -1,182 +1,193 @@
-"""Many fits in one program: what `jax.vmap` makes of a fit.
+"""The fit as a primitive of JAX: which driver solves it, and what `jax.vmap` makes of it.
 
-Problems that differ in l2 alone are a path: one after the other, from strong to weak penalties,
-each started where the ones before point to. Problems of the same features that differ in weights,
-labels, offsets or starts are solved side by side: their products with the features are one product,
-and one preconditioner serves those with the same labels. Both together are paths side by side. All
-others are solved one by one, so that none waits for the slowest.
+| arguments | driver |
+|---|---|
+| concrete, also under `jax.vmap` outside `jit` | a Python loop over compiled phases |
+| traced: `jit`, `scan`, a part of a larger program | one compiled loop |
 
-The rules hold for what a `vmap` of a `vmap` gives, too: inside, the one over l2.
+| `vmap` over | becomes |
+|---|---|
+| `l2` alone | a path: one fit after the other, from strong to weak penalties |
+| weights, labels, offsets, starts, limits | problems side by side, in groups, with one product |
+| these and `l2` together | the same, each problem with its penalty |
+| `l2`, in a `vmap` over weights and so on, or around it | paths side by side |
+| `features`, or a second `vmap` over weights and so on | one after the other |
 """
 
-import math
-from collections.abc import Callable
-from functools import cache
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jax.custom_batching import custom_vmap
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
-from jaxsoftmax._runtime import ALONE, Lanes
-from jaxsoftmax.regression._data import Problem
-from jaxsoftmax.regression._objective import Params
-from jaxsoftmax.regression.solver._coordinates import varied
-from jaxsoftmax.regression.solver._frame import Frame, frame
-from jaxsoftmax.regression.solver._lbfgs import Fit, Status
-from jaxsoftmax.regression.solver._newton import Newton, newton_cg
-from jaxsoftmax.regression.solver._state import State
-
-_AXIS = "jaxsoftmax.problems"
-_MOST = 16  # problems side by side
-_LOGITS = 2**23  # of all of them
-_BYTES = 2**28  # of their preconditioners
-
-_Flags = Any  # which arrays of the arguments have an axis of problems: their tree, of booleans
+from jaxsoftmax.functional._stable import compute_dtype
+from jaxsoftmax.regression._data import Arguments
+from jaxsoftmax.regression._params import Params
+from jaxsoftmax.regression._plan import DEFAULT, Plan
+from jaxsoftmax.regression._result import Fit
+from jaxsoftmax.regression.solver._drivers import solve_on_host, solve_traced
+from jaxsoftmax.regression.solver._model import Setting
+from jaxsoftmax.regression.solver._newton import Limits
 
 
-@cache
-def solver(flags: _Flags | None = None, *, fit_bias: bool) -> Callable[..., Fit]:
-    """Newton's method as a function of a problem, a start, a tolerance and an iteration limit.
-
-    l2 may have an axis of penalties, and arguments with a flag have an axis of problems before all
-    others; so has the result.
-    """
-
-    @custom_vmap
-    def solve(problem: Problem, init: Params, tol: Array, max_iter: Array) -> Fit:
-        if flags is not None:
-            return _side_by_side(flags, problem, init, tol, max_iter, fit_bias=fit_bias)
-        if problem.l2.ndim > 0:
-            shared = frame(problem, init.bias.size, fit_bias=fit_bias)
-            return _path(problem, shared, init, tol, max_iter, fit_bias=fit_bias)
-        return newton_cg(problem, init, fit_bias=fit_bias, tol=tol, max_iter=max_iter)[0]
-
-    @solve.def_vmap
-    def batched(size: int, batched: _Flags, problem: Problem, *others: Any) -> tuple[Fit, Any]:
-        of, *rest = batched
-        alone = not any(jax.tree.leaves((of._replace(l2=False), rest)))
-        if of.l2 and alone and not (flags is not None and flags[0].l2):
-            fits = solve(problem._replace(l2=problem.l2.ravel()), *others)
-            axis = 0 if flags is None else 1
-
-            def unravel(values: Array) -> Array:
-                shape = *values.shape[:axis], *problem.l2.shape, *values.shape[axis + 1 :]
-                return jnp.moveaxis(values.reshape(shape), axis, 0)
-
-            fits = jax.tree.map(unravel, fits)
-        elif flags is None and not of.features and (problem.l2.ndim > 1 or not of.l2):
-            fits = solver(tuple(batched), fit_bias=fit_bias)(problem, *others)
-        else:
-            fits = _one_by_one(solve, batched, (problem, *others))
-        return fits, jax.tree.map(lambda _: True, fits)
-
-    return solve
-
-
-def _one_by_one(solve: Callable[..., Fit], flags: _Flags, arguments: Any) -> Fit:
-    """`solve` for one problem after the other."""
+def minimise(
+    arguments: Arguments, *, num_classes: int, fit_bias: bool, plan: Plan = DEFAULT
+) -> Fit:
+    """Fit a problem by Newton's method."""
     leaves, tree = jax.tree.flatten(arguments)
-    own = jax.tree.leaves(flags)
+    fit = newton_p.bind(
+        *leaves,
+        tree=tree,
+        side=(False,) * len(leaves),
+        path=False,
+        num_classes=num_classes,
+        fit_bias=fit_bias,
+        plan=plan,
+    )
+    return jax.tree.unflatten(_FIT, fit)
 
-    def one(values: list[Array]) -> Fit:
-        rest = iter(values)
-        pairs = zip(leaves, own, strict=True)
-        return solve(
-            *jax.tree.unflatten(tree, [next(rest) if is_own else v for v, is_own in pairs])
-        )
 
-    fits: Fit = lax.map(one, [v for v, is_own in zip(leaves, own, strict=True) if is_own])
-    return fits
+newton_p = Primitive("softmax_regression")
+newton_p.multiple_results = True
+_FIT = jax.tree.structure(Fit(Params(0, 0), 0, 0, 0, 0, 0))
 
 
-def _path(
-    problem: Problem,
-    shared: Frame,
-    init: Params,
-    tol: Array,
-    max_iter: Array,
-    *,
+def _solve(
+    *leaves: Array,
+    driver: Any,
+    tree: Any,
+    side: Any,
+    path: bool,
+    num_classes: int,
     fit_bias: bool,
-    lanes: Lanes = ALONE,
-    columns: Array | None = None,
-) -> Fit:
-    """Fits for each of the penalties. Parameters are nearly linear in log(l2)."""
-    shape, l2s = problem.l2.shape, problem.l2.ravel()
+    plan: Plan,
+) -> list[Array]:
+    """The fits by one of the drivers, in groups of problems side by side.
 
-    def newton(l2: Array) -> Newton:
-        of = problem._replace(l2=l2)
-        return Newton.of(
-            of, shared, init.bias.size, fit_bias=fit_bias, lanes=lanes, columns=columns
+    Args:
+      leaves: of the `Arguments`.
+      driver: `solve_on_host` or `solve_traced`.
+      tree: of the leaves.
+      side: which of them have a leading axis of problems; features do not.
+      path: whether l2 has a last axis of penalties.
+      num_classes: number of classes.
+      fit_bias: whether there is a bias.
+      plan: thresholds of size.
+    """
+    count = next((len(v) for v, is_own in zip(leaves, side, strict=True) if is_own), 1)
+    own: Arguments = jax.tree.unflatten(tree, side)
+    features = jax.tree.unflatten(tree, leaves).features
+    dtype = compute_dtype(features.dtype)
+    examples, width = features.shape
+    columns = min(examples, width)
+    alike = not (own.labels or own.offset)
+    size = plan.groups_of(count, alike, examples, columns, num_classes)
+    sizes = plan.preconditioning(
+        examples,
+        columns,
+        num_classes,
+        kept=plan.block(examples, columns, num_classes) >= examples,
+        problems=size,
+        alike=alike,
+    )
+    on_host = driver is solve_on_host
+    setting = Setting(
+        num_classes=num_classes,
+        fit_bias=fit_bias,
+        problems=size,
+        side=own,
+        narrow=on_host and jnp.finfo(dtype).bits > 32 and examples * width >= plan.narrow,
+        sizes=sizes,
+        plan=plan,
+    )
+    xp = np if on_host else jnp
+
+    def solve(leaves: list[Array]) -> Fit:
+        arguments: Arguments = jax.tree.unflatten(tree, leaves)
+        l2, tol, max_iter = (
+            xp.asarray(v) for v in (arguments.l2, arguments.tol, arguments.max_iter)
         )
+        l2s = l2.astype(dtype).reshape(-1, l2.shape[-1] if path else 1)
+        limits = Limits(xp.atleast_1d(tol.astype(dtype)), xp.atleast_1d(max_iter))
+        return driver(arguments, l2s, limits, setting)
 
-    def step(
-        carry: tuple[State, Array, Array, Array], l2: Array
-    ) -> tuple[tuple[State, Array, Array, Array], Fit]:
-        last, before, change, log_before = carry
-        table, log = last.at.table, jnp.log(l2)
-        ratio = (log - log_before) / change
-        ratio = jnp.where((ratio > 0) & (ratio < 2), ratio, 0)
-        guess = table + ratio * (table - before)
-        guess = jnp.where(last.status == Status.DIVERGED, start.at.table, guess)
-        here = newton(l2)
-        end = here.minimised(here.again(last, guess, max_iter), tol, max_iter)
-        return (end, table, log - log_before, log), here.fit(end)
-
-    first = newton(l2s[0])
-    start = first.start(first.free(first.table_of(init)), max_iter)
-    unknown = jnp.full_like(l2s[0], jnp.nan)
-    order = jnp.argsort(-l2s)
-    fits: Fit
-    _, fits = lax.scan(step, (start, start.at.table, unknown, unknown), l2s[order])
-    back = jnp.argsort(order)
-    return jax.tree.map(lambda values: values[back].reshape(*shape, *values.shape[1:]), fits)
+    if size == count:
+        fits = solve(list(leaves))
+    else:
+        some = np.arange(-(-count // size) * size).reshape(-1, size) % count
+        cut = [xp.asarray(v)[some] if o else v for v, o in zip(leaves, side, strict=True)]
+        fits = _one_by_one(solve, cut, side)
+        fits = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:])[:count], fits)
+    dropped = tuple(axis for axis, kept in enumerate((any(side), path)) if not kept)
+    return [jnp.asarray(v.squeeze(dropped)) for v in jax.tree.leaves(fits)]
 
 
-def _side_by_side(
-    flags: _Flags, problem: Problem, init: Params, tol: Array, max_iter: Array, *, fit_bias: bool
-) -> Fit:
-    """Fits in groups as large as memory and cache allow; the last group is filled up."""
-    of = flags[0]
-    examples, width = problem.features.shape
-    # A column may vary, and yet not in each of the problems.
-    columns = None
-    if of.share and width <= examples:
-        columns = lax.map(
-            lambda share: varied(problem._replace(share=share), centre=fit_bias), problem.share
-        )
-    arguments = problem, init, tol, max_iter, columns
-    flags = *flags, None if columns is None else True
-    leaves, tree = jax.tree.flatten(arguments)
-    own = jax.tree.leaves(flags)
-    count = next(len(value) for value, is_own in zip(leaves, own, strict=True) if is_own)
-    alike = not (of.labels or of.offset)
-    classes = init.bias.shape[-1]
-    least = max(classes * examples / _LOGITS, 0 if alike else 4 * classes * width**2 / _BYTES)
-    chunks = max(math.ceil(count / _MOST), math.ceil(count * least))
-    size = -(-count // chunks)
-    if size == 1:
-        return _one_by_one(solver(fit_bias=fit_bias), flags[:4], arguments[:4])
+def _one_by_one(solve: Any, leaves: list[Array], mapped: Any) -> Any:
+    """`solve` for one entry of the mapped leaves after the other."""
+    own = [v for v, is_own in zip(leaves, mapped, strict=True) if is_own]
 
-    share = problem.share
-    if of.share:  # a problem that has no weights is no reason for the others to have none
-        share = jnp.mean(jnp.where(jnp.isfinite(share), share, 0), 0)
-    lanes = Lanes(size, _AXIS, alike)
-    reference = problem._replace(share=share)
-    shared = frame(reference, classes, fit_bias=fit_bias, sharing=lanes.sharing)
+    def one(values: list[Array]) -> Any:
+        rest = iter(values)
+        return solve([next(rest) if m else v for v, m in zip(leaves, mapped, strict=True)])
 
-    def lane(
-        problem: Problem, init: Params, tol: Array, max_iter: Array, columns: Array | None
-    ) -> Fit:
-        how = tol, max_iter
-        return _path(problem, shared, init, *how, fit_bias=fit_bias, lanes=lanes, columns=columns)
+    if any(isinstance(v, jax.core.Tracer) for v in leaves):
+        return lax.map(one, own)
+    entries = [one([np.asarray(v)[i] for v in own]) for i in range(len(own[0]))]
+    return jax.tree.map(lambda *values: np.stack([np.asarray(v) for v in values]), *entries)
 
-    axes = jax.tree.map(lambda is_own: 0 if is_own else None, flags)
-    solve = jax.vmap(lane, axes, axis_name=_AXIS)
-    if chunks == 1:
-        return solve(*arguments)
-    some = jnp.arange(chunks * size).reshape(chunks, size) % count
-    cut = [value[some] if is_own else value for value, is_own in zip(leaves, own, strict=True)]
-    fits = _one_by_one(solve, flags, jax.tree.unflatten(tree, cut))
-    return jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:])[:count], fits)
+
+def _shapes(
+    *leaves: Any, tree: Any, side: Any, path: bool, num_classes: int, **_: Any
+) -> list[Any]:
+    arguments: Arguments = jax.tree.unflatten(tree, leaves)
+    lead: tuple[int, ...] = ()
+    if any(side):
+        lead += (next(v.shape[0] for v, is_own in zip(leaves, side, strict=True) if is_own),)
+    if path:
+        lead += arguments.l2.shape[-1:]
+    width = arguments.features.shape[-1]
+    ends = [(num_classes, width), (num_classes,), (), (), (), (), ()]
+    dtypes = [compute_dtype(arguments.features.dtype)] * 5 + [jnp.int32] * 2
+    return [
+        jax.core.ShapedArray((*lead, *e), jnp.dtype(d)) for e, d in zip(ends, dtypes, strict=True)
+    ]
+
+
+def _batch(leaves: Any, axes: Any, *, tree: Any, side: Any, path: bool, **options: Any) -> Any:
+    """The table above."""
+    mapped = [axis is not batching.not_mapped for axis in axes]
+    leaves = [
+        jnp.moveaxis(v, axis, 0) if m and axis else v
+        for v, axis, m in zip(leaves, axes, mapped, strict=True)
+    ]
+    of: Arguments = jax.tree.unflatten(tree, mapped)
+    bind = partial(newton_p.bind, tree=tree, **options)
+    if of.l2 and sum(mapped) == 1:
+        index = mapped.index(True)
+        l2 = jnp.moveaxis(leaves[index], 0, -1)
+        count = l2.shape[-1]
+        if path:
+            l2 = l2.reshape(*l2.shape[:-2], -1)
+        leaves[index] = l2
+        axis = int(any(side))
+        fits = bind(*leaves, side=side, path=True)
+        if path:
+            fits = [v.reshape(*v.shape[:axis], -1, count, *v.shape[axis + 1 :]) for v in fits]
+        return fits, [axis + path] * len(fits)
+    if not of.features and not any(side):
+        fits = bind(*leaves, side=tuple(mapped), path=path)
+    else:
+        fits = _one_by_one(lambda some: bind(*some, side=side, path=path), leaves, mapped)
+    return fits, [0] * len(fits)
+
+
+newton_p.def_impl(partial(_solve, driver=solve_on_host))
+newton_p.def_abstract_eval(_shapes)
+batching.primitive_batchers[newton_p] = _batch
+mlir.register_lowering(
+    newton_p, mlir.lower_fun(partial(_solve, driver=solve_traced), multiple_results=True)
+)

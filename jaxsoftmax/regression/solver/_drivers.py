@@ -1,0 +1,260 @@
+"""Two drivers of one iteration: a Python loop over compiled kernels, and a compiled loop.
+
+The Python loop compiles only what a run needs, can be interrupted, and sees every step; it needs
+concrete arrays. Where arrays are traced, the same phases are branches of one `lax.while_loop`.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxsoftmax._runtime import namespace, precise
+from jaxsoftmax.functional._stable import compute_dtype
+from jaxsoftmax.regression._data import Arguments
+from jaxsoftmax.regression._params import Params
+from jaxsoftmax.regression._result import Fit, Status
+from jaxsoftmax.regression.solver._model import Frame, Setting, make_frame, model_of
+from jaxsoftmax.regression.solver._newton import (
+    AIM,
+    CERTIFY,
+    DONE,
+    PRECONDITION,
+    SEARCH,
+    Limits,
+    Model,
+    Numbers,
+    State,
+    aim,
+    certify,
+    init,
+    next_phase,
+    precondition,
+    search,
+)
+
+
+class Course(NamedTuple):
+    """Where a path of penalties is: the start, the last two tables and logarithms of l2."""
+
+    start: Array
+    table: Array
+    before: Array
+    log: Array
+    log_before: Array
+
+
+def begin(frame: Frame, start: Params, l2: Array, setting: Setting) -> tuple[Model, State, Course]:
+    """Model, first state and course under the first penalty."""
+    model = model_of(frame, l2)
+    xp = namespace(start.bias)
+    # A class absent from the fit that gave the start has bias -inf there, and may be present here.
+    bias = xp.where(start.bias == -np.inf, 0, start.bias).astype(start.bias.dtype)
+    leading = Params(
+        start.weights if start.weights.ndim == 3 else start.weights[None],
+        bias if bias.ndim == 2 else bias[None],
+    )
+    table = model.coordinates.table(leading)
+    table = xp.broadcast_to(table, (len(table), setting.problems, table.shape[2]))
+    table = model.project(table)
+    log = xp.broadcast_to(xp.log(l2), setting.problems)
+    course = Course(table, table, table, log, xp.full_like(log, float("nan")))
+    return model, init(model, table, setting.sizes), course
+
+
+def go_on(
+    frame: Frame, state: State, course: Course, l2: Array, setting: Setting
+) -> tuple[Model, State, Course]:
+    """Model and state under the next penalty. Tables are nearly linear in log(l2), so the start is
+    where the last two point to; what was learnt of the Hessian is kept."""
+    table, numbers = state.point.table, state.numbers
+    xp = namespace(*numbers)
+    table = np.asarray(table) if xp is np else table
+    log = xp.broadcast_to(xp.log(l2), setting.problems)
+    ratio = (log - course.log) / (course.log - course.log_before)
+    ratio = xp.where((ratio > 0) & (ratio < 2), ratio, 0)[None, :, None]
+    guess = table + ratio * (table - course.before)
+    diverged = (numbers.status == int(Status.DIVERGED))[None, :, None]
+    guess = xp.where(diverged, course.start, guess).astype(table.dtype)
+    model = model_of(frame, l2)
+    new = init(model, guess, setting.sizes)
+    fresh = new.numbers._replace(products=numbers.products, owed=numbers.owed)
+    state = new._replace(inverse=state.inverse, memory=state.memory, numbers=fresh)
+    return model, state, Course(course.start, table, table, log, course.log)
+
+
+def result(model: Model, state: State, limits: Limits) -> Fit:
+    """The fits, with leading problems."""
+    numbers = state.numbers
+    xp = namespace(*numbers)
+    table, gradient, free, centre = (
+        np.asarray(v) if xp is np else v
+        for v in (state.point.table, state.point.gradient, model.free, model.centre)
+    )
+    value, model = numbers.value, model._replace(free=free, centre=centre)
+    present = model.exact.present
+    params = model.coordinates.params(model.project(table))
+    present = present[:, :, 0].T
+    # Under jit an invalid tolerance is found here.
+    status = xp.where(limits.tol > 0, numbers.status, int(Status.DIVERGED))
+    poison = xp.where(status == int(Status.DIVERGED), float("nan"), 0).astype(value.dtype)
+    bias = xp.where(present, params.bias, -float("inf")) + poison[:, None]
+    gap = numbers.gap / xp.where(value == 0, 1, value) + poison
+    return Fit(
+        params=Params(params.weights + poison[:, None, None], bias.astype(value.dtype)),
+        objective=value,
+        gap=gap.astype(value.dtype),
+        gradient_norm=model.coordinates.gradient_norm(gradient),
+        iterations=numbers.iterations.astype("int32"),
+        status=status.astype("int32"),
+    )
+
+
+def advance(phase: int, model: Model, state: State, limits: Limits, setting: Setting) -> State:
+    """One phase."""
+    if phase == SEARCH:
+        return search(model, state, limits)
+    if phase == CERTIFY:
+        return certify(model, state, limits)
+    if phase == PRECONDITION:
+        return precondition(model, state, setting.sizes, setting.plan)
+    return aim(model, state, limits, setting.sizes)
+
+
+def solve_on_host(arguments: Arguments, l2s: Any, limits: Limits, setting: Setting) -> Fit:
+    """Fits under penalties (problems or 1, penalties), driven by Python.
+
+    Returns:
+      A `Fit` of NumPy arrays with leading axes (problems, penalties).
+    """
+    order = np.argsort(-l2s, 1)
+    frame = on_host(make_frame(arguments, setting=setting))
+    start = jax.tree.map(np.asarray, start_of(arguments, setting))
+    fits: list[Fit] = []
+    for l2 in np.take_along_axis(l2s, order, 1).T:
+        if not fits:
+            model, state, course = begin(frame, start, l2, setting)
+        else:
+            model, state, course = go_on(frame, state, course, l2, setting)
+        penalty, free, centre = jax.device_put((model.penalty, model.free, model.centre))
+        model = model._replace(penalty=penalty, free=free, centre=centre)
+        state = run(model, state, limits, setting)
+        fit = result(model, state, limits)
+        if setting.narrow and (fit.status == Status.STALLED).any():
+            fit = _refine(arguments, fit, l2, limits, setting)
+        fits.append(fit)
+    back = np.broadcast_to(np.argsort(order, 1), (setting.problems, len(fits)))
+
+    def stacked(*values: Any) -> Any:
+        whole = np.stack(values, 1)
+        return np.take_along_axis(whole, back.reshape(*back.shape, *[1] * (whole.ndim - 2)), 1)
+
+    fit: Fit = jax.tree.map(stacked, *fits)
+    return fit
+
+
+def on_host(frame: Frame) -> Frame:
+    """The frame with its small arrays read."""
+    coordinates = frame.coordinates
+    small = jax.tree.map(np.asarray, coordinates._replace(rows=None))
+    return frame._replace(
+        exact=replace(frame.exact, target=np.asarray(frame.exact.target)),
+        coordinates=small._replace(rows=coordinates.rows),
+        varies=np.asarray(frame.varies),
+    )
+
+
+def start_of(arguments: Arguments, setting: Setting) -> Params:
+    """The parameters to start from."""
+    dtype = compute_dtype(arguments.features.dtype)
+    if arguments.init is not None:
+        return jax.tree.map(lambda v: v.astype(dtype), arguments.init)
+    classes, width = setting.num_classes, arguments.features.shape[1]
+    return Params(np.zeros((classes, width), dtype), np.zeros(classes, dtype))
+
+
+def run(model: Model, state: State, limits: Limits, setting: Setting) -> State:
+    """Phase after phase until every problem is done."""
+    while (phase := int(next_phase(state.numbers, setting.sizes))) != DONE:
+        try:
+            state = advance(phase, model, state, limits, setting)
+        except BaseException as error:
+            numbers = state.numbers
+            error.add_note(
+                f"The fit was at step {int(numbers.iterations.max())}, with an objective of "
+                f"{numbers.value.max():.6g} and a gap of {numbers.gap.max():.1e}."
+            )
+            raise
+    return state
+
+
+def _refine(arguments: Arguments, fit: Fit, l2: Any, limits: Limits, setting: Setting) -> Fit:
+    """Go on with products in the dtype of the problem where float32 allowed no more progress."""
+    setting = setting._replace(narrow=False)
+    left = np.maximum(limits.max_iter - fit.iterations, 0).astype(np.int32)
+    one = limits._replace(max_iter=left)
+    new = solve_on_host(arguments._replace(init=fit.params), l2[:, None], one, setting)
+    new = jax.tree.map(lambda values: values[:, 0], new)
+    new = new._replace(iterations=new.iterations + fit.iterations)
+    stalled = fit.status == Status.STALLED
+
+    def chosen(new: Any, old: Any) -> Any:
+        return np.where(stalled.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    refined: Fit = jax.tree.map(chosen, new, fit)
+    return refined
+
+
+@precise
+def solve_traced(arguments: Arguments, l2s: Array, limits: Limits, setting: Setting) -> Fit:
+    """The same in one compiled loop."""
+    order = jnp.argsort(-l2s, 1)
+    in_order = jnp.take_along_axis(l2s, order, 1).T
+    frame = make_frame(arguments, setting=setting)
+    start = jax.tree.map(jnp.asarray, start_of(arguments, setting))
+
+    def minimise(model: Model, state: State) -> State:
+        def phase_of(phase: int, packed: Any) -> Any:
+            state, numbers = packed
+            state = state._replace(numbers=Numbers(*numbers))
+            state = advance(phase, model, state, limits, setting)
+            return state._replace(numbers=None), jnp.stack(state.numbers)
+
+        def proceed(packed: Any) -> Any:
+            phase = next_phase(Numbers(*packed[1]), setting.sizes).astype(jnp.int32)
+            branches = [partial(phase_of, i) for i in (SEARCH, CERTIFY, PRECONDITION, AIM)]
+            return lax.switch(phase, branches, packed)
+
+        def going(packed: Any) -> Array:
+            return jnp.any(Numbers(*packed[1]).phase < DONE)
+
+        # The numbers as one array: each array of the loop's state takes a kernel in every phase.
+        packed = state._replace(numbers=None), jnp.stack(state.numbers)
+        state, numbers = lax.while_loop(going, proceed, packed)
+        return state._replace(numbers=Numbers(*numbers))
+
+    model, state, course = begin(frame, start, in_order[0], setting)
+    state = minimise(model, state)
+    first = result(model, state, limits)
+    if len(in_order) == 1:
+        return jax.tree.map(lambda values: values[:, None], first)
+
+    def step(carry: tuple[State, Course], l2: Array) -> tuple[tuple[State, Course], Fit]:
+        model, state, course = go_on(frame, *carry, l2, setting)
+        state = minimise(model, state)
+        return (state, course), result(model, state, limits)
+
+    _, others = lax.scan(step, (state, course), in_order[1:])
+    back = jnp.argsort(order, 1)
+
+    def restored(first: Array, others: Array) -> Array:
+        values = jnp.moveaxis(jnp.concatenate([first[None], others]), 0, 1)
+        index = back.reshape(*back.shape, *[1] * (values.ndim - 2))
+        return jnp.take_along_axis(values, index, 1)
+
+    fits: Fit = jax.tree.map(restored, first, others)
+    return fits

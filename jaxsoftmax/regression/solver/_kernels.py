@@ -1,0 +1,136 @@
+"""What a phase of Newton's method computes of the examples, each a program of its own."""
+
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from typing import Any, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxsoftmax._runtime import precise
+from jaxsoftmax.regression import _objective
+from jaxsoftmax.regression._objective import Point, hessian_product, hessian_weight
+from jaxsoftmax.regression._plan import Plan, Preconditioning
+from jaxsoftmax.regression.solver import _preconditioner
+from jaxsoftmax.regression.solver._certificate import duality_gap
+from jaxsoftmax.regression.solver._cg import Stop, conjugate_gradient, informed
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _compiled(f: _Function) -> _Function:
+    """f as one program, if its rows can be traced. Arguments by keyword are static."""
+    static_names = [
+        name for name, of in signature(f).parameters.items() if of.kind is of.KEYWORD_ONLY
+    ]
+    program = jax.jit(precise(f), static_argnames=static_names)
+
+    def run(model: Any, *arguments: Any, **static: Any) -> Any:
+        return (program if model.exact.traceable else f)(model, *arguments, **static)
+
+    return cast(_Function, run)
+
+
+@_compiled
+def evaluate(
+    model: Any, old: Point, direction: Array, length: Array, bound: Array
+) -> tuple[Point, Array]:
+    """The objective at the end of a step, in place of the old point where it is within the bound.
+
+    Returns:
+      The point; and the objective, the duality gap but for the bias, and whether it was accepted.
+    """
+    table = old.table - _over(length) * direction
+    value, new = _objective.evaluate(model.exact, model.penalty, table)
+    gradient = model.project(new.gradient)
+    accepted = (value <= bound) | (bound == jnp.inf)
+    taken = _over(accepted)
+    p = old.probabilities
+    if p is not None:
+        p = jnp.where(taken, new.probabilities.astype(p.dtype), p)
+    point = Point(
+        table=jnp.where(taken, table, old.table),
+        gradient=jnp.where(taken, gradient, old.gradient),
+        probabilities=p,
+    )
+    weights_gap = model.penalty.dual_gap(gradient)
+    return point, jnp.stack([value, weights_gap, accepted.astype(table.dtype)])
+
+
+@_compiled
+def gap(
+    model: Any,
+    point: Point,
+    value: Array,
+    surplus: tuple[Array, Array] | None,
+    direction: Array | None,
+) -> Array:
+    """Bounds on objective - minimum."""
+    return duality_gap(
+        model.exact, model.penalty, model.penalised, point, value, surplus, direction
+    )
+
+
+@_compiled
+def inverse(
+    model: Any, point: Point, ridge: Array, part: Array, *, sizes: Preconditioning, plan: Plan
+) -> Array:
+    """The preconditioner, with `ridge` on the diagonals; problems that share one make it of a mean
+    in which each has its `part`."""
+    weight = hessian_weight(model.fast, point)
+    if sizes.groups != len(weight):
+        weight = jnp.mean(weight, 0, keepdims=True)
+    if weight.shape[1] > ridge.shape[1]:
+        weight = jnp.sum(weight * _over(part), 1, keepdims=True)
+    if model.covariance is None:
+        return _preconditioner.inverse_diagonals(weight, ridge)
+    return _preconditioner.inverse_blocks(
+        model.fast, weight, model.covariance, ridge, sizes.rows, plan
+    )
+
+
+@_compiled
+def direction(
+    model: Any, point: Point, inverse: Array, memory: Array, stop: Stop, *, precise: bool
+) -> tuple[Array, Array, Array]:
+    """The direction of the next step, to be subtracted, by conjugate gradients.
+
+    Args:
+      model: the problems.
+      point: where they are.
+      inverse: the preconditioner.
+      memory: the last directions of conjugate gradients.
+      stop: when to stop.
+      precise: whether some problem may be unpenalised.
+
+    Returns:
+      The direction, the new memory, and the `numbers` of `conjugate_gradient`.
+    """
+    dtype = model.fast.dtype
+    penalty = model.penalty.astype(dtype)
+    scale = penalty.gap_scale
+    if precise:
+        scale = jnp.where(_over(model.penalised), scale, 1)
+    narrow = model._replace(free=model.free.astype(dtype), centre=model.centre.astype(dtype))
+    apply = partial(_preconditioner.apply, inverse)
+    if memory.shape[1]:
+        apply = informed(apply, memory)
+    end = conjugate_gradient(
+        lambda v: hessian_product(model.fast, penalty, point, v),
+        lambda residual: narrow.project(apply(residual)),
+        point.gradient.astype(dtype),
+        stop,
+        scale,
+        jnp.zeros_like(memory),
+        model.fast.while_loop,
+    )
+    if memory.shape[1]:
+        memory = jnp.where(_over(end.numbers[3] > 0)[None, None], end.memory, memory)
+    return end.x, memory, end.numbers
+
+
+def _over(scalar: Array) -> Array:
+    """A number of each problem, to be combined with tables."""
+    return scalar[None, :, None]
