@@ -1,7 +1,7 @@
 """Cross-entropy with integer and probability labels."""
 
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import hypothesis
 import hypothesis.strategies as st
@@ -16,35 +16,52 @@ from jaxsoftmax import cross_entropy
 from tests import helpers
 from tests.helpers import DTYPES, WIDE, eps, in_double
 
-pytestmark = pytest.mark.usefixtures("fresh_programs")
+# For tests in which a NaN may be hidden on the way.
+fresh_programs = pytest.mark.usefixtures("fresh_programs")
 inf, nan = np.inf, np.nan
 close = partial(np.testing.assert_allclose, rtol=20 * eps(WIDE), atol=4 * eps(WIDE))
 
 
 def logits(*shape: int) -> jax.Array:
-    return 3 * jax.random.normal(jax.random.key(sum(shape)), shape, WIDE)
+    return jnp.asarray(3 * np.random.default_rng(sum(shape)).normal(size=shape), WIDE)
 
 
 def probabilities(*shape: int) -> jax.Array:
-    return jax.nn.softmax(jax.random.normal(jax.random.key(7), shape, WIDE))
+    e = np.exp(np.random.default_rng(7).normal(size=shape))
+    return jnp.asarray(e / e.sum(-1, keepdims=True), WIDE)
+
+
+def softmax(z: Any) -> Any:
+    e = np.exp(np.asarray(z, np.float64))
+    return e / e.sum(-1, keepdims=True)
+
+
+def one_hot(labels: Any, classes: int) -> Any:
+    return (np.arange(classes) == np.asarray(labels)[..., None]).astype(WIDE)
 
 
 def test_both_kinds_of_labels_equal_optax() -> None:
     z, p = logits(4, 3, 5), probabilities(4, 3, 5)
-    integers = p.argmax(-1)
-    close(
-        cross_entropy(z, integers),
-        optax.losses.softmax_cross_entropy_with_integer_labels(z, integers),
-    )
-    close(cross_entropy(z, p), optax.losses.softmax_cross_entropy(z, p))
+
+    @jax.jit
+    def pairs(z: Any, p: Any, integers: Any) -> Any:
+        of_classes = optax.losses.softmax_cross_entropy_with_integer_labels(z, integers)
+        return (
+            (cross_entropy(z, integers), of_classes),
+            (cross_entropy(z, p), optax.losses.softmax_cross_entropy(z, p)),
+        )
+
+    for ours, theirs in pairs(z, p, np.argmax(p, -1)):
+        close(ours, theirs)
 
 
 @pytest.mark.single
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_the_class_axis_may_stand_anywhere(axis: int) -> None:
     z, p = logits(4, 3, 5), probabilities(4, 3, 5)
-    moved, p_moved = jnp.moveaxis(z, -1, axis), jnp.moveaxis(p, -1, axis)
-    close(cross_entropy(moved, p.argmax(-1), axis=axis), cross_entropy(z, p.argmax(-1)))
+    moved, p_moved = (np.moveaxis(np.asarray(part), -1, axis) for part in (z, p))
+    integers = np.argmax(p, -1)
+    close(cross_entropy(moved, integers, axis=axis), cross_entropy(z, integers))
     close(cross_entropy(moved, p_moved, axis=axis), cross_entropy(z, p))
 
 
@@ -71,9 +88,10 @@ def test_the_loss_is_never_below_float32(dtype: Any) -> None:
     assert loss.dtype == (dtype if dtype == WIDE else jnp.float32)
     expected = -helpers.reference(exact, -1)[1][np.arange(3), labels]
     np.testing.assert_allclose(loss, expected, rtol=20 * eps(loss.dtype))
-    one_hot = jax.nn.one_hot(labels, 5, dtype=dtype)
-    np.testing.assert_allclose(cross_entropy(z, one_hot), expected, rtol=20 * eps(loss.dtype))
-    assert jax.grad(lambda z: cross_entropy(z, labels).sum())(z).dtype == dtype
+    row = jnp.asarray(one_hot(labels, 5), dtype)
+    np.testing.assert_allclose(cross_entropy(z, row), expected, rtol=20 * eps(loss.dtype))
+    gradient = jax.eval_shape(jax.grad(lambda z: cross_entropy(z, labels).sum()), z)
+    assert gradient.dtype == dtype
 
 
 @pytest.mark.single
@@ -96,6 +114,7 @@ def test_large_logits_keep_their_difference() -> None:
     np.testing.assert_allclose(cross_entropy(z, 0), 0.04858735, rtol=1e-6)
 
 
+@fresh_programs
 def test_impossible_and_masked_classes() -> None:
     z = jnp.array([-inf, 0.0])
     assert cross_entropy(z, jnp.array([0.0, 1.0])) == 0
@@ -109,7 +128,7 @@ def test_impossible_and_masked_classes() -> None:
         close(cross_entropy(z, 0, where=where), np.log1p(np.e))
         for labels in (0, jnp.array([0.25, 0.75, 0.0])):
             gradient = jax.grad(cross_entropy)(z, labels, where=where)
-            assert jnp.isfinite(gradient).all()
+            assert np.isfinite(gradient).all()
             assert gradient[2] == 0
 
 
@@ -117,16 +136,16 @@ def test_impossible_and_masked_classes() -> None:
 @pytest.mark.usefixtures("no_debug_nans")
 def test_a_row_with_plus_infinity_is_nan(label: int) -> None:
     z = jnp.array([inf, 0.0])
-    assert jnp.isnan(cross_entropy(z, label))
-    assert jnp.isnan(jax.grad(cross_entropy)(z, label)).all()
-    assert jnp.isnan(cross_entropy(z, jnp.array([0.5, 0.5])))
+    assert np.isnan(cross_entropy(z, label))
+    assert np.isnan(jax.grad(cross_entropy)(z, label)).all()
+    assert np.isnan(cross_entropy(z, jnp.array([0.5, 0.5])))
 
 
 @pytest.mark.single
 @pytest.mark.usefixtures("no_debug_nans")
 def test_a_label_too_large_for_the_default_integer_does_not_wrap() -> None:
     labels = np.array([2**32, 2**32 + 1, -(2**32)])
-    assert jnp.isnan(cross_entropy(jnp.zeros((3, 4)), labels)).all()
+    assert np.isnan(cross_entropy(jnp.zeros((3, 4)), labels)).all()
 
 
 @pytest.mark.single
@@ -137,10 +156,11 @@ def test_scaled_logits_inside_jit_equal_eager_ones() -> None:
     c = np.float32(1 / 3)
     rows = np.random.default_rng(0).normal(size=(1000, 4)).astype(np.float32) * 1e11
     jitted = jax.jit(jax.value_and_grad(lambda x: scaled(x).sum()))(rows)
-    assert jnp.isfinite(jitted[1]).all()
+    assert np.isfinite(jitted[1]).all()
     np.testing.assert_allclose(jax.jit(scaled)(rows), scaled(jnp.asarray(rows)), atol=1e-6)
 
 
+@fresh_programs
 @pytest.mark.single
 def test_an_ignored_row_that_is_masked_throughout_leaves_the_others_alone() -> None:
     z, labels = logits(2, 3), jnp.array([1, 2])
@@ -162,10 +182,10 @@ def test_an_ignored_row_that_is_masked_throughout_leaves_the_others_alone() -> N
 def test_a_label_out_of_range_is_nan_for_its_example_alone(label: int) -> None:
     z, labels = logits(3, 4), jnp.array([1, label, 3])
     loss = cross_entropy(z, labels)
-    np.testing.assert_array_equal(jnp.isnan(loss), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(loss), [False, True, False])
     gradient = jax.grad(lambda z: cross_entropy(z, labels).sum())(z)
-    np.testing.assert_array_equal(jnp.isnan(gradient).all(-1), [False, True, False])
-    np.testing.assert_array_equal(jnp.isnan(gradient).any(-1), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(gradient).all(-1), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(gradient).any(-1), [False, True, False])
 
 
 @in_double
@@ -180,11 +200,16 @@ def test_derivatives_equal_finite_differences() -> None:
 
 def test_the_gradient_is_p_minus_y_and_the_hessian_that_of_logsumexp() -> None:
     z, y = logits(5), probabilities(5)
-    p = np.asarray(jax.nn.softmax(z))
-    close(jax.grad(cross_entropy)(z, y), p - y)
-    close(jax.grad(cross_entropy)(z, 2), p - np.eye(5)[2])
-    for labels in (2, y):
-        close(jax.hessian(cross_entropy)(z, labels), np.diag(p) - np.outer(p, p))
+    p = softmax(z)
+
+    @jax.jit
+    def derivatives(z: Any, labels: Any) -> Any:
+        return jax.grad(cross_entropy)(z, labels), jax.hessian(cross_entropy)(z, labels)
+
+    for labels, probability in ((2, np.eye(5)[2]), (y, y)):
+        gradient, hessian = derivatives(z, labels)
+        close(gradient, p - probability)
+        close(hessian, np.diag(p) - np.outer(p, p))
 
 
 def test_the_gradient_with_respect_to_a_probability_of_zero_is_right() -> None:
@@ -199,18 +224,17 @@ def test_jit_equals_eager_and_vmap_equals_a_loop() -> None:
     loss = cross_entropy(z, labels)
     close(jax.jit(cross_entropy)(z, labels), loss)
     close(jax.vmap(cross_entropy)(z, labels), loss)
-    gradient = jax.grad(cross_entropy)
-    batched = jax.vmap(gradient)(z[0], labels[0])
-    close(batched, jnp.stack([gradient(*pair) for pair in zip(z[0], labels[0], strict=True)]))
+    gradient = jax.jit(jax.grad(cross_entropy))
+    batched = jax.jit(jax.vmap(gradient))(z[0], labels[0])
+    close(batched, [gradient(*pair) for pair in zip(z[0], labels[0], strict=True)])
 
 
 @pytest.mark.single
 @hypothesis.given(st.lists(st.floats(-30, 30, width=32), min_size=4, max_size=4), st.integers(0, 3))
 def test_an_integer_equals_its_one_hot_row(z: list[float], label: int) -> None:
-    row = jnp.array(z, jnp.float32)
-    one_hot = jax.nn.one_hot(label, 4, dtype=jnp.float32)
+    row = np.array(z, np.float32)
     # The one-hot form rounds the logarithm of the whole sum, next to logits of up to 60.
-    expected = cross_entropy(row, one_hot)
+    expected = cross_entropy(row, one_hot(label, 4))
     np.testing.assert_allclose(cross_entropy(row, label), expected, 1e-6, eps(jnp.float32))
 
 
@@ -218,10 +242,15 @@ def test_a_confident_label_keeps_the_digits_of_its_loss_and_gradient() -> None:
     gap = 40.0 if jnp.float64 == WIDE else 20.0
     tail = np.exp(-gap)
     z = jnp.array([gap, 0.0, -inf], WIDE)
-    value, gradient = jax.value_and_grad(cross_entropy)(z, 0)
+
+    @jax.jit
+    def derivatives(z: Any) -> Any:
+        return *jax.value_and_grad(cross_entropy)(z, 0), jax.hessian(cross_entropy)(z, 0)
+
+    value, gradient, hessian = (np.asarray(part) for part in derivatives(z))
     np.testing.assert_allclose(value, tail, 4 * eps(WIDE))
     np.testing.assert_allclose(gradient, [-tail, tail, 0], 4 * eps(WIDE))
-    hessian = jax.hessian(cross_entropy)(z, 0)[:2, :2]
+    hessian = hessian[:2, :2]
     np.testing.assert_allclose(hessian, [[tail, -tail], [-tail, tail]], 32 * eps(WIDE))
 
 
@@ -257,33 +286,49 @@ OPTIONS: dict[str, dict[str, Any]] = {
 over_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
-def defined(
-    z: jax.Array,
-    y: jax.Array,
+class Defined(NamedTuple):
+    """Values, gradients and Hessians of each example by the formula of the docstring."""
+
+    value: Any
+    gradient: Any
+    hessian: Any
+
+
+def define(
+    z: Any,
+    y: Any,
     where: Any = True,
     label_smoothing: float = 0.0,
     class_weight: Any = 1.0,
     z_loss: float = 0.0,
-) -> jax.Array:
-    """The formula of the docstring, written out."""
-    allowed = jnp.broadcast_to(jnp.asarray(where), z.shape)
-    n = allowed.sum(-1, keepdims=True).astype(z.dtype)
-    y = jnp.where(allowed, (1 - label_smoothing) * y + label_smoothing / n, 0)
-    log_z = jnp.log(jnp.sum(jnp.where(allowed, jnp.exp(z), 0), -1, keepdims=True))
-    return jnp.sum(class_weight * y * (log_z - z), -1) + z_loss * log_z[..., 0] ** 2
+) -> Defined:
+    z, allowed = np.asarray(z, np.float64), np.broadcast_to(where, z.shape)
+    n = allowed.sum(-1, keepdims=True)
+    a = np.asarray(class_weight, np.float64) * allowed
+    a = a * ((1 - label_smoothing) * np.asarray(y, np.float64) + label_smoothing / n)
+    e = np.where(allowed, np.exp(z), 0)
+    log_z = np.log(e.sum(-1, keepdims=True))
+    p, total = np.exp(z - log_z) * allowed, a.sum(-1, keepdims=True)
+    slope = total + 2 * z_loss * log_z
+    squares = p[:, :, None] * p[:, None, :]
+    curvature = p[:, :, None] * np.eye(z.shape[-1]) - squares
+    return Defined(
+        (a * (log_z - z)).sum(-1) + z_loss * log_z[:, 0] ** 2,
+        slope * p - a,
+        slope[..., None] * curvature + 2 * z_loss * squares,
+    )
 
 
 @over_options
 def test_options_follow_the_formula(options: dict[str, Any]) -> None:
-    z, classes = logits(3, 5), jnp.array([1, 4, 2])
-    one_hot = jax.nn.one_hot(classes, 5, dtype=WIDE)
-    y = jnp.where(options.get("where", True), probabilities(3, 5), 0)
-    v = jnp.cos(z)
+    z, classes = logits(3, 5), np.array([1, 4, 2])
+    y = np.where(options.get("where", True), probabilities(3, 5), 0).astype(WIDE)
+    v = jnp.asarray(np.cos(z), WIDE)
 
-    @partial(jax.jit, static_argnums=0)
-    def all_of(f: Any, labels: Any) -> Any:
+    @jax.jit
+    def derivatives(labels: Any) -> Any:
         def loss(z: jax.Array) -> jax.Array:
-            return f(z, labels, **options)
+            return cross_entropy(z, labels, **options)
 
         def total(z: jax.Array) -> jax.Array:
             return jnp.sum(loss(z) ** 2)
@@ -291,10 +336,16 @@ def test_options_follow_the_formula(options: dict[str, Any]) -> None:
         forward = jax.jvp(loss, (z,), (v,))
         return *forward, jax.grad(total)(z), jax.hessian(total)(z)
 
-    for labels, reference in ((classes, one_hot), (y, y)):
-        for ours, theirs in zip(
-            all_of(cross_entropy, labels), all_of(defined, reference), strict=True
-        ):
+    for labels, reference in ((classes, one_hot(classes, 5)), (y, y)):
+        value, gradient, hessian = define(z, reference, **options)
+        blocks = 2 * gradient[:, :, None] * gradient[:, None] + 2 * value[:, None, None] * hessian
+        expected = (
+            value,
+            (gradient * v).sum(-1),
+            2 * value[:, None] * gradient,
+            np.einsum("ijk,il->ijlk", blocks, np.eye(3)),
+        )
+        for ours, theirs in zip(derivatives(labels), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, 200 * eps(WIDE), 200 * eps(WIDE))
 
 
@@ -302,10 +353,11 @@ def test_options_follow_the_formula(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 def test_options_follow_the_axis(axis: int) -> None:
     z, y = logits(3, 4, 5), probabilities(3, 4, 5)
-    where = jnp.broadcast_to(WHERE[:, None], z.shape)
-    moved = [jnp.moveaxis(part, -1, axis) for part in (z, y, where)]
+    where = np.broadcast_to(WHERE[:, None], z.shape)
+    moved = [np.moveaxis(np.asarray(part), -1, axis) for part in (z, y, where)]
+    classes = np.argmax(y, -1)
     options: dict[str, Any] = {**OPTIONS["all"], "ignore_label": 3}
-    for labels, moved_labels in ((y.argmax(-1), y.argmax(-1)), (y, moved[1])):
+    for labels, moved_labels in ((classes, classes), (y, moved[1])):
         chosen = options if labels.ndim == 2 else OPTIONS["all"]
         ours = cross_entropy(moved[0], moved_labels, axis=axis, **{**chosen, "where": moved[2]})
         close(ours, cross_entropy(z, labels, **{**chosen, "where": where}))
@@ -323,9 +375,13 @@ def test_smoothing_goes_to_the_allowed_classes() -> None:
 
 def test_an_integer_label_is_smoothed_as_its_one_hot_row() -> None:
     z, labels = logits(4, 7), np.arange(4)
-    smoothed = optax.smooth_labels(jax.nn.one_hot(labels, 7, dtype=WIDE), 0.3)
+
+    @jax.jit
+    def expected(z: Any, row: Any) -> Any:
+        return optax.losses.softmax_cross_entropy(z, optax.smooth_labels(row, 0.3))
+
     loss = cross_entropy(z, labels, label_smoothing=0.3)
-    close(loss, optax.losses.softmax_cross_entropy(z, smoothed))
+    close(loss, expected(z, jnp.asarray(one_hot(labels, 7))))
 
 
 @pytest.mark.single
@@ -345,27 +401,30 @@ def test_integer_labels_take_no_memory_of_the_size_of_the_logits() -> None:
     assert share_of_the_logits(labels, 0.3) < share_of_the_logits(z, 0.3) + 0.1
 
 
+@fresh_programs
 @pytest.mark.single
 @pytest.mark.parametrize(("ignored", "dtype"), [(-100, jnp.int8), (1, jnp.uint8), (3, jnp.int32)])
 def test_an_ignored_example_counts_for_nothing(ignored: int, dtype: Any) -> None:
-    z = logits(4, 3).at[1].set(inf).at[2].set(-inf)
-    labels, counted = jnp.array([0, ignored, ignored, 2], dtype), np.array([0, 3])
+    z = np.array(logits(4, 3))
+    z[1], z[2] = inf, -inf
+    labels, counted = np.array([0, ignored, ignored, 2], dtype), np.array([0, 3])
 
-    def loss(
-        z: jax.Array, weight: jax.Array, labels: jax.Array = labels, ignored: int | None = ignored
-    ) -> jax.Array:
+    def loss(z: Any, weight: Any, labels: Any, ignored: int | None = ignored) -> jax.Array:
         return cross_entropy(
             z, labels, ignore_label=ignored, class_weight=weight, z_loss=0.1, label_smoothing=0.2
         )
 
+    def total(z: Any, weight: Any) -> jax.Array:
+        return loss(z, weight, labels).sum()
+
     weight = jnp.ones(3)
-    value = loss(z, weight)
+    value = np.asarray(loss(z, weight, labels))
     np.testing.assert_array_equal(value[1:3], 0)
     close(value[counted], loss(z[counted], weight, labels[counted], None))
-    gradients = jax.grad(lambda z, weight: loss(z, weight).sum(), (0, 1))(z, weight)
-    assert all(jnp.isfinite(part).all() for part in gradients)
-    assert not gradients[0][1:3].any()
-    assert jnp.isfinite(jax.hessian(lambda z: loss(z, weight).sum())(z)).all()
+    gradients = jax.grad(total, (0, 1))(jnp.asarray(z), weight)
+    assert all(np.isfinite(part).all() for part in gradients)
+    assert not np.asarray(gradients[0])[1:3].any()
+    assert np.isfinite(jax.jit(jax.hessian(total))(z, weight)).all()
 
 
 @pytest.mark.single
@@ -397,7 +456,7 @@ def test_a_traced_option_out_of_range_is_nan(options: dict[str, float]) -> None:
     z = logits(2, 4)
     for labels in (jnp.array([0, 3]), probabilities(2, 4)):
         loss = jax.jit(lambda labels, options: cross_entropy(z, labels, **options))(labels, options)
-        assert jnp.isnan(loss).all()
+        assert np.isnan(loss).all()
 
 
 @pytest.mark.single
@@ -427,24 +486,27 @@ def test_probabilities_keep_the_digits_of_a_tiny_loss() -> None:
 @pytest.mark.usefixtures("no_debug_nans")
 def test_a_row_of_impossible_classes_is_nan_for_both_kinds_of_labels() -> None:
     z = jnp.full(3, -inf)
-    assert jnp.isnan(cross_entropy(z, 1))
-    assert jnp.isnan(cross_entropy(z, jnp.array([0.0, 1.0, 0.0])))
-    assert jnp.isnan(jax.grad(cross_entropy)(z, 1)).all()
+    assert np.isnan(cross_entropy(z, 1))
+    assert np.isnan(cross_entropy(z, jnp.array([0.0, 1.0, 0.0])))
+    assert np.isnan(jax.grad(cross_entropy)(z, 1)).all()
 
 
 @pytest.mark.single
 @pytest.mark.usefixtures("no_debug_nans")
 def test_the_hessian_at_a_label_out_of_range_is_nan() -> None:
-    assert jnp.isnan(jax.hessian(cross_entropy)(jnp.zeros(3), 5)).all()
+    assert np.isnan(jax.hessian(cross_entropy)(jnp.zeros(3), 5)).all()
 
 
+@fresh_programs
 def test_a_row_masked_throughout_is_infinite_without_nan() -> None:
     z, where = logits(2, 3), jnp.array([[True, True, True], [False, False, False]])
     options: dict[str, Any] = {"where": where, "label_smoothing": 0.1, "z_loss": 0.1}
     for labels in (jnp.array([0, 1]), probabilities(2, 3)):
         assert cross_entropy(z, labels, **options)[1] == inf
-        gradient = jax.grad(lambda z, labels: cross_entropy(z, labels, **options).sum())(z, labels)
-        assert jnp.isfinite(gradient).all()
+        gradient = np.asarray(
+            jax.grad(lambda z, y: cross_entropy(z, y, **options).sum())(z, labels)
+        )
+        assert np.isfinite(gradient).all()
         assert not gradient[1].any()
 
 
@@ -461,12 +523,11 @@ def test_a_row_masked_throughout_is_infinite_without_nan() -> None:
 def test_a_smoothed_integer_equals_its_smoothed_one_hot_row_and_a_mask_a_dropped_class(
     z: list[float], label: int, smoothing: float, mask: list[bool]
 ) -> None:
-    row, where = jnp.array(z, jnp.float32), np.array(mask)
+    row, where = np.array(z, np.float32), np.array(mask)
     where[label] = True
-    one_hot = jax.nn.one_hot(label, 4, dtype=jnp.float32)
     loss = cross_entropy(row, label, where=where, label_smoothing=smoothing)
     same = partial(np.testing.assert_allclose, rtol=1e-5, atol=eps(jnp.float32))
-    same(loss, cross_entropy(row, one_hot, where=where, label_smoothing=smoothing))
+    same(loss, cross_entropy(row, one_hot(label, 4), where=where, label_smoothing=smoothing))
     dropped = int(where[:label].sum())
     same(loss, cross_entropy(row[where], dropped, label_smoothing=smoothing))
 
@@ -532,7 +593,7 @@ def test_a_label_beyond_its_dtype_is_never_the_ignored_one() -> None:
     largest = int(jnp.iinfo(jnp.int32).max)
     labels = np.array([0, largest + 1, largest])
     loss = cross_entropy(jnp.zeros((3, 3)), labels, ignore_label=largest)
-    np.testing.assert_array_equal(jnp.isnan(loss), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(loss), [False, True, False])
 
 
 @pytest.mark.single
