@@ -48,14 +48,14 @@ def normal(*shape: int) -> jax.Array:
 # Values
 
 
-@partial(jax.jit, static_argnums=1)
-def values(x: jax.Array, axis: Any, where: jax.Array | None) -> tuple[jax.Array, ...]:
+def softmax_family(x: jax.Array, axis: Any, where: jax.Array | None) -> tuple[jax.Array, ...]:
     return softmax(x, axis, where), log_softmax(x, axis, where), logsumexp(x, axis, where=where)
 
 
+values = jax.jit(softmax_family, static_argnums=1)
 # The tests of shapes do without the optimisations of machine code: they take half of the time.
 quick_values = jax.jit(
-    values.__wrapped__,
+    softmax_family,
     static_argnums=1,
     compiler_options={"xla_backend_optimization_level": 0} if _ON_CPU else None,
 )
@@ -309,8 +309,8 @@ def test_a_traced_mask_leaks_no_tracer(f: Callable[..., Any]) -> None:
         return jnp.sum(jnp.where(jnp.isfinite(y), y, 0) ** 2)
 
     with jax.checking_leaks():
-        gradients = [jax.jit(jax.grad(g))(x) for g in (in_scan, in_vmap)]
-    np.testing.assert_allclose(*gradients, 20 * eps(WIDE))
+        of_scan, of_vmap = (jax.jit(jax.grad(g))(x) for g in (in_scan, in_vmap))
+    np.testing.assert_allclose(of_scan, of_vmap, 20 * eps(WIDE))
 
 
 # logsumexp's own arguments
@@ -636,7 +636,8 @@ def test_first_and_second_derivatives_are_the_analytic_ones() -> None:
 
     @jax.jit
     def derivatives(x: jax.Array) -> Any:
-        first = [jac(f)(x) for jac in (jax.jacfwd, jax.jacrev) for f in (*FUNCTIONS[:2], logsumexp)]
+        functions: list[Callable[..., Any]] = [*FUNCTIONS[:2], logsumexp]
+        first = [jac(f)(x) for jac in (jax.jacfwd, jax.jacrev) for f in functions]
         product = jax.jvp(lambda x: jax.vjp(softmax, x)[1](v)[0], (x,), (v,))[1]
         return *first, jax.hessian(logsumexp)(x), jax.hessian(softmax)(x), product
 
