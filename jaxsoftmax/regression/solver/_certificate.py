@@ -19,6 +19,7 @@ from jaxsoftmax.regression._objective import (
     Point,
     losses_and_residuals,
     mean,
+    point_at,
     sum_over_classes,
 )
 from jaxsoftmax.regression._penalty import Ridge
@@ -33,18 +34,21 @@ def duality_gap(
     penalised: Array,
     point: Point,
     value: Array,
-    surplus: tuple[Array, Array] | None,
-    direction: Array | None,
+    direction: Array,
+    surplus: tuple[Array, Array],
 ) -> Array:
     r"""A bound (problems,) on f(T) - min f.
 
-    Where the weights are penalised, q is p with as much mass moved between the classes as makes
-    their shares those of the data, which the bias demands; at the optimal bias nothing is moved.
+    q is p along a step of the table, in first order:
+    :math:`q_i = p_i + (\mathrm{diag}(p_i) - p_i p_i^T) \, dz_i`, with as much mass moved between the
+    classes afterwards as a surplus says.
 
-    Where they are not, q is p along a Newton step `direction`, in first order:
-    :math:`q_i = p_i + (\mathrm{diag}(p_i) - p_i p_i^T) \, dz_i`. G is 0 but for what the step left
-    of the gradient, which counts times `DISTANCE` and twice the largest entry of the table: the bound holds if an
-    optimum is no further off.
+    Where the weights are penalised, the step is one of the bias alone, and the surplus what it
+    leaves: so the classes' shares are those of the data, which the bias demands.
+
+    Where they are not, it is a Newton step. G is 0 but for what it left of the gradient, which
+    counts times `DISTANCE` and twice the largest entry of the table: the bound holds if an optimum
+    is no further off.
 
     Args:
       rows: the examples in the dtype of the problem.
@@ -52,53 +56,71 @@ def duality_gap(
       penalised: (problems,), whether it is above 0.
       point: where the objective was evaluated.
       value: (problems,), the objective there.
-      surplus: what `surplus_of` gives; None if no problem is penalised.
-      direction: (classes, problems, columns), to be subtracted from the table; None if all are.
+      direction: (classes, problems, columns), the step, to be subtracted from the table.
+      surplus: what `surplus_of` gives.
     """
-    of = penalised[None, :, None]
-    step = None
-    if direction is not None:
-        step = jnp.where(of, 0, -direction)
-        if surplus is not None:
-            surplus = jnp.where(of, surplus[0], 0), jnp.where(of, surplus[1], 0)
-    divergence, slope = rows.total(_divergence_and_slope, point.table, step, surplus)
+    divergence, slope = rows.total(_divergence_and_slope, point.table, direction, *surplus)
     gap = divergence + penalty.dual_gap(slope + penalty.gradient(point.table))
-    if direction is None:
-        return gap
     rounding = 4 * jnp.finfo(slope.dtype).eps * value[None, :, None]
-    left = jnp.where(of, 0, jnp.maximum(jnp.abs(slope) - rounding, 0))
+    left = jnp.sum(jnp.maximum(jnp.abs(slope) - rounding, 0), (0, 2))
     distance = DISTANCE + 2 * jnp.max(jnp.abs(point.table), (0, 2))
-    return gap + distance * jnp.sum(left, (0, 2))
+    return gap + jnp.where(penalised, 0, distance * left)
 
 
-def surplus_of(target: Array, bias_gradient: Array) -> tuple[Array, Array]:
+def bias_hessian(rows: Rows, point: Point) -> Array:
+    r""":math:`\sum_i c_i\, (\mathrm{diag}(p_i) - p_i p_i^T)` of each problem."""
+    if point.probabilities is None:
+        return rows.total(_bias_hessian_anew, point.table)
+    return _bias_hessian(rows, point.probabilities)
+
+
+def _bias_hessian_anew(rows: Examples, table: Array) -> Array:
+    return _bias_hessian(rows, point_at(rows, table).probabilities)
+
+
+def _bias_hessian(rows: Examples, p: Array) -> Array:
+    shared = rows.share * p
+    diagonal = jnp.eye(len(p), dtype=p.dtype)[None] * jnp.sum(shared, 2).T[:, None]
+    return diagonal - jnp.einsum("kln,jln->lkj", shared, p)
+
+
+def bias_step(hessian: Array, residual: Array, present: Array) -> tuple[Array, Array]:
+    """A Newton step of the bias (classes, problems, 1), and what it leaves of the residual; no step
+    where it would be so long that the first order of the probabilities is negative."""
+    xp = namespace(hessian, residual)
+    size = (hessian * xp.eye(len(residual), dtype=hessian.dtype)[None]).max((1, 2), keepdims=True)
+    absent = xp.eye(len(residual), dtype=hessian.dtype)[None] * ~present[:, :, 0].T[:, None]
+    # The sum over the classes, along which the Hessian is 0, is held at 0.
+    regular = hessian + size * (1 / len(residual) + absent) + 1e-30
+    step = xp.linalg.solve(regular, xp.moveaxis(residual, 1, 0)) * present.swapaxes(0, 1)
+    short = xp.ptp(step, 1, keepdims=True) < 0.5
+    step = xp.where(short, step, 0).astype(residual.dtype)
+    return xp.moveaxis(step, 0, 1), residual - xp.moveaxis(hessian @ step, 0, 1)
+
+
+def surplus_of(target: Array, residual: Array) -> tuple[Array, Array]:
     """Which fraction of its mass each class gives up, and which part of all that each receives,
-    that the classes' shares (classes, problems, 1) become those of the data."""
-    xp = namespace(target, bias_gradient)
-    given, taken = xp.maximum(bias_gradient, 0), xp.maximum(-bias_gradient, 0)
+    that the classes' shares (classes, problems, 1) fall by the residual to those of the data."""
+    xp = namespace(target, residual)
+    given, taken = xp.maximum(residual, 0), xp.maximum(-residual, 0)
     total = taken.sum(0, keepdims=True)
     fraction = given / xp.where(given > 0, target + given, 1)
     return fraction, taken / xp.where(total > 0, total, 1)
 
 
 def _divergence_and_slope(
-    rows: Examples, table: Array, step: Array | None, surplus: tuple[Array, Array] | None
+    rows: Examples, table: Array, direction: Array, fraction: Array, receive: Array
 ) -> tuple[Array, Array]:
-    """The sums of c_i KL(q_i || p_i) and of c_i (q_i - y_i) x_i^T, for logits that change by a step
-    and mass that moves between the classes."""
+    """The sums of c_i KL(q_i || p_i) and of c_i (q_i - y_i) x_i^T."""
     z = rows.logits(table)
     _, residuals, p = losses_and_residuals(z, rows.labels)
-    change = jnp.zeros_like(p)
-    if step is not None:
-        dz = rows.design.logits(step)
-        along = jnp.maximum(dz - sum_over_classes(p, dz)[None], -1)
-        excess = sum_over_classes(p, along)[None]  # what was cut off, else rounding
-        change = p * (along - excess) / (1 + excess)
-    if surplus is not None:
-        fraction, receive = surplus
-        q = p + change
-        moved = sum_over_classes(jnp.broadcast_to(fraction, q.shape), q)[None]
-        change = change - fraction * q + receive * moved
+    dz = -rows.design.logits(direction)
+    along = jnp.maximum(dz - sum_over_classes(p, dz)[None], -1)
+    excess = sum_over_classes(p, along)[None]  # what was cut off, else rounding
+    change = p * (along - excess) / (1 + excess)
+    q = p + change
+    moved = sum_over_classes(jnp.broadcast_to(fraction, q.shape), q)[None]
+    change = change - fraction * q + receive * moved
     divergence = mean(rows, jnp.sum(_divergence(p, change, z), 0, keepdims=True))
     return divergence, rows.transpose(rows.share * (residuals + change))
 

@@ -13,8 +13,7 @@ from jaxsoftmax._runtime import precise
 from jaxsoftmax.regression import _objective
 from jaxsoftmax.regression._objective import Point, hessian_product, hessian_weight
 from jaxsoftmax.regression._plan import Plan, Preconditioning
-from jaxsoftmax.regression.solver import _preconditioner
-from jaxsoftmax.regression.solver._certificate import duality_gap
+from jaxsoftmax.regression.solver import _certificate, _preconditioner
 from jaxsoftmax.regression.solver._cg import Stop, conjugate_gradient, informed
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -60,16 +59,18 @@ def evaluate(
 
 
 @_compiled
+def bias_hessian(model: Any, point: Point) -> Array:
+    """The Hessian (problems, classes, classes) with respect to the bias."""
+    return _certificate.bias_hessian(model.fast, point).astype(point.table.dtype)
+
+
+@_compiled
 def gap(
-    model: Any,
-    point: Point,
-    value: Array,
-    surplus: tuple[Array, Array] | None,
-    direction: Array | None,
+    model: Any, point: Point, value: Array, direction: Array, surplus: tuple[Array, Array]
 ) -> Array:
     """Bounds on objective - minimum."""
-    return duality_gap(
-        model.exact, model.penalty, model.penalised, point, value, surplus, direction
+    return _certificate.duality_gap(
+        model.exact, model.penalty, model.penalised, point, value, direction, surplus
     )
 
 

@@ -33,7 +33,7 @@ from jaxsoftmax.regression._plan import Plan, Preconditioning
 from jaxsoftmax.regression._result import Status
 from jaxsoftmax.regression._rows import Rows
 from jaxsoftmax.regression.solver import _kernels
-from jaxsoftmax.regression.solver._certificate import DISTANCE, surplus_of
+from jaxsoftmax.regression.solver._certificate import DISTANCE, bias_step, surplus_of
 from jaxsoftmax.regression.solver._cg import Memory, Stop
 
 SEARCH, CERTIFY, PRECONDITION, AIM, DONE = range(5)
@@ -241,14 +241,18 @@ def certify(model: Model, state: State, limits: Limits) -> State:
     """Bound the distance from the minimum; end the fit if it is small, or can become no smaller."""
     before = state.numbers
     xp = namespace(*before)
-    direction = state.direction
-    surplus: Any = None
+    target = model.exact.target
+    residual = read(state.point.gradient)[:, :, -1:]
+    direction, surplus = state.direction, (0 * residual, 0 * residual)
     if xp is jnp or model.penalised.any():
-        target, gradient = read(model.exact.target), read(state.point.gradient)
-        surplus = surplus_of(target, gradient[:, :, -1:])
-    if is_penalised(model):
-        direction = None
-    gap = read(_kernels.gap(model, state.point, before.value, surplus, direction))
+        of = model.penalised[None, :, None]
+        step, left = bias_step(
+            read(_kernels.bias_hessian(model, state.point)), residual, target > 0
+        )
+        bias_alone = xp.concatenate([xp.zeros_like(read(direction)[:, :, :-1]), step], 2)
+        direction = xp.where(of, bias_alone, read(direction))
+        surplus = tuple(xp.where(of, v, 0) for v in surplus_of(target, left))
+    gap = read(_kernels.gap(model, state.point, before.value, direction, surplus))
     gap = xp.where(xp.isnan(gap), float("inf"), gap)
     converged = gap <= limits.tol * before.value
     full = before.iterations >= limits.max_iter
