@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsoftmax import Fit, Params, Status, fit
+from jaxsoftmax.regression._fit import check_arguments
+from jaxsoftmax.regression._plan import Plan
+from jaxsoftmax.regression.solver._vmapped import minimise
 from tests.helpers import WIDE
 
 EXAMPLES, WIDTH, CLASSES = 60, 4, 3
@@ -33,6 +36,26 @@ def small_fit(features: jax.Array, labels: jax.Array, **kwargs: Any) -> Fit:
         "init": Params(jnp.zeros((classes, WIDTH), WIDE), jnp.zeros(classes, WIDE)),
     }
     return fit(features, labels, **(defaults | kwargs))
+
+
+def planned_fit(plan: Plan, features: jax.Array, labels: jax.Array, **kwargs: Any) -> Fit:
+    """A fit with thresholds of its own."""
+    defaults: dict[str, Any] = {
+        "num_classes": CLASSES,
+        "l2": L2,
+        "tol": TOL,
+        "max_iter": 500,
+        "sample_weight": None,
+        "offset": None,
+        "init": None,
+        "fit_bias": True,
+        "solver": "auto",
+    }
+    options = defaults | kwargs
+    options["l2"] = jnp.asarray(options["l2"], WIDE)
+    arguments, static = check_arguments(features, labels, **options)
+    del static["solver"]
+    return minimise(arguments, plan=plan, **static)
 
 
 def status(result: Fit) -> Status:

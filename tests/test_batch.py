@@ -1,20 +1,19 @@
 """Many fits in one program: what `jax.vmap` makes of `fit`."""
 
+import math
 import operator
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from jaxsoftmax import Fit, Params, Status, fit
-from jaxsoftmax._runtime import Lanes
-from jaxsoftmax.regression.solver import _preconditioner
-from jaxsoftmax.regression.solver import _vmapped as _batch
-from tests.fits import CLASSES, EXAMPLES, L2, WIDTH, data
+from jaxsoftmax.regression._plan import Plan
+from tests.fits import CLASSES, EXAMPLES, L2, WIDTH, data, planned_fit
 from tests.helpers import WIDE
 from tests.test_paths import DOUBLE, TOL, entry, same, small_fit
 
@@ -100,46 +99,36 @@ def test_paths_side_by_side_equal_single_fits_whatever_the_order_of_vmap() -> No
             same(entry(own_penalties, i, k), single)
 
 
-@pytest.fixture
-def groups_of_three(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Problems side by side in groups whose size does not divide their number."""
-    monkeypatch.setattr(_batch, "_MOST", 3)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
-@pytest.mark.usefixtures("groups_of_three")
 def test_groups_of_problems_equal_single_fits() -> None:
+    """Groups whose size does not divide their number."""
     features, labels = data()
     drawn = weights()
-    fits = jax.vmap(lambda weight: small_fit(features, labels, sample_weight=weight))(drawn)
+
+    def fitted(weight: jax.Array) -> Fit:
+        return planned_fit(Plan(lanes=3), features, labels, sample_weight=weight, tol=TOL)
+
+    fits = jax.vmap(fitted)(drawn)
     assert fits.status.shape == (PROBLEMS,)
+    traced = jax.jit(jax.vmap(fitted))(drawn)
     for i in range(PROBLEMS):
-        same(entry(fits, i), small_fit(features, labels, sample_weight=drawn[i]))
+        single = small_fit(features, labels, sample_weight=drawn[i])
+        same(entry(fits, i), single)
+        same(entry(traced, i), single)
 
 
-def test_large_problems_side_by_side_equal_single_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that begin with the Hessian of a sample, and in float32."""
-    rng = np.random.default_rng(0)
-    features = jnp.asarray(rng.normal(size=(600, WIDTH)), WIDE)
-    scores = features @ rng.normal(size=(WIDTH, CLASSES)) + rng.gumbel(size=(600, CLASSES))
-    labels = jnp.argmax(scores, 1)
-    drawn = jnp.asarray(rng.multinomial(600, np.full(600, 1 / 600), size=2), WIDE)
+def test_problems_with_products_in_float32_equal_single_fits() -> None:
+    features, labels = data()
+    drawn, l2s = weights()[:2], jnp.asarray([1e-3, 0.1], WIDE)
 
     def fitted(weight: jax.Array, l2: jax.Array) -> Fit:
-        return fit(features, labels, num_classes=CLASSES, l2=l2, sample_weight=weight, tol=TOL)
+        narrow = Plan(narrow=0, remembered=0)
+        return planned_fit(narrow, features, labels, sample_weight=weight, l2=l2, tol=TOL)
 
-    l2s = jnp.asarray([1e-3, 0.1], WIDE)
-    singles = [[fitted(weight, l2) for l2 in l2s] for weight in drawn]
-    monkeypatch.setattr(_preconditioner, "_LARGE", 0)
-    jax.clear_caches()
     together = jax.vmap(jax.vmap(fitted, (None, 0)), (0, None))(drawn, l2s)
-    jax.clear_caches()
-    assert (together.status == Status.CONVERGED).all()
     for i in range(2):
         for k in range(2):
-            same(entry(together, i, k), singles[i][k])
+            single = small_fit(features, labels, sample_weight=drawn[i], l2=l2s[k])
+            same(entry(together, i, k), single)
 
 
 @pytest.mark.usefixtures("no_debug_nans")
@@ -209,16 +198,11 @@ def test_the_features_are_not_copied_for_each_problem() -> None:
     def fitted(weight: jax.Array, l2: jax.Array) -> Fit:
         return fit(features, labels, num_classes=CLASSES, sample_weight=weight, l2=l2)
 
-    both = jax.vmap(jax.vmap(fitted, (None, 0)), (0, None))
-    program = jax.make_jaxpr(both)(jnp.ones((PROBLEMS, examples)), jnp.ones(2))
-    assert max(sizes_in(program.jaxpr)) <= examples * (width + 1)
-
-
-def sizes_in(jaxpr: Any) -> Iterator[int]:
-    for equation in jaxpr.eqns:
-        yield from (v.aval.size for v in equation.outvars if hasattr(v.aval, "size"))
-        for inner in jaxprs_in_params(equation.params):
-            yield from sizes_in(inner)
+    both = jax.jit(jax.vmap(jax.vmap(fitted, (None, 0)), (0, None)))
+    text = both.lower(jnp.ones((PROBLEMS, examples)), jnp.ones(2)).as_text()
+    shapes = re.findall(r"tensor<((?:\d+x)+)f\d+>", text)
+    sizes = [math.prod(map(int, shape.split("x")[:-1])) for shape in shapes]
+    assert examples * width <= max(sizes) <= examples * (width + 1)
 
 
 def test_derivatives_of_paths_side_by_side_are_those_of_single_fits() -> None:
@@ -239,18 +223,3 @@ def test_derivatives_of_paths_side_by_side_are_those_of_single_fits() -> None:
                 rtol = 1e-5 if DOUBLE else 2e-2
                 atol = rtol * float(jnp.abs(other).max())
                 np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
-
-
-def test_the_last_problem_that_runs_pays_for_itself_alone() -> None:
-    lanes = Lanes(4, "problems")
-    matrix = jnp.arange(6.0).reshape(2, 3)
-    vectors = jnp.arange(12.0).reshape(4, 3)
-
-    def image(running: jax.Array, own: jax.Array) -> jax.Array:
-        return lanes.of_running(lambda v: matrix @ v, running, own)
-
-    images = jax.vmap(image, axis_name="problems")
-    two, one = jnp.array([True, False, True, False]), jnp.array([False, False, True, False])
-    expected = vectors @ matrix.T  # of small integers, so exact
-    np.testing.assert_array_equal(images(two, vectors), expected)
-    np.testing.assert_array_equal(images(one, vectors), jnp.tile(expected[2], (4, 1)))

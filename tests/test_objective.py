@@ -10,20 +10,26 @@ from sklearn.linear_model._linear_loss import LinearModelLoss
 
 from jaxsoftmax import Params, linear_logits
 from jaxsoftmax.regression._data import Problem, make_problem
-from jaxsoftmax.regression._objective import centred, objective
+from jaxsoftmax.regression._objective import as_they_came
+from jaxsoftmax.regression._objective import objective as objective_of
 from tests.helpers import WIDE, eps, in_double
 
 EXAMPLES, WIDTH, CLASSES, L2 = 30, 4, 3, 0.05
+ZERO = jnp.zeros(())
 
 
-def problem(l2: float = L2) -> Problem:
+def problem() -> Problem:
     rng = np.random.default_rng(0)
     return make_problem(
         jnp.asarray(rng.normal(size=(EXAMPLES, WIDTH)) + 0.5, WIDE),
         jnp.asarray(rng.integers(0, CLASSES, EXAMPLES)),
-        l2=jnp.asarray(l2, WIDE),
-        sample_weight=jnp.asarray(rng.uniform(size=EXAMPLES), WIDE),
+        jnp.asarray(rng.uniform(size=EXAMPLES), WIDE),
+        num_classes=CLASSES,
     )
+
+
+def objective(at: Params, data: Problem, l2: float = L2, *, fit_bias: bool = True) -> jax.Array:
+    return objective_of(at, data, jnp.asarray(l2, WIDE), fit_bias=fit_bias)
 
 
 def params() -> Params:
@@ -59,10 +65,10 @@ def test_derivatives_equal_finite_differences() -> None:
 @pytest.mark.single
 @pytest.mark.usefixtures("no_debug_nans")
 def test_probability_labels_that_are_none_make_the_objective_nan() -> None:
-    features, l2 = jnp.ones((2, WIDTH), WIDE), jnp.asarray(L2, WIDE)
+    features = jnp.ones((2, WIDTH), WIDE)
     for row in ([0.5, 0.5, 0.5], [1.5, -0.5, 0.0]):
         labels = jnp.array([[1.0, 0.0, 0.0], row], WIDE)
-        assert jnp.isnan(objective(params(), make_problem(features, labels, l2=l2)))
+        assert jnp.isnan(objective(params(), make_problem(features, labels, num_classes=CLASSES)))
 
 
 def test_a_fixed_bias_has_gradient_zero() -> None:
@@ -73,16 +79,15 @@ def test_a_fixed_bias_has_gradient_zero() -> None:
 
 def test_labels_of_a_narrow_dtype_name_any_class() -> None:
     labels = jnp.array([3, 200], jnp.uint8)
-    data = make_problem(jnp.ones((2, 1)), labels, l2=jnp.asarray(L2), num_classes=300)
-    assert data.classes is not None
-    np.testing.assert_array_equal(np.flatnonzero(data.classes), [3, 200])
+    rows, _ = as_they_came(make_problem(jnp.ones((2, 1)), labels, num_classes=300), 300, ZERO)
+    np.testing.assert_array_equal(np.flatnonzero(rows.present), [3, 200])
 
 
 @pytest.mark.usefixtures("no_debug_nans")
 def test_a_label_too_large_for_32_bits_is_not_wrapped_into_a_class() -> None:
     largest = jnp.iinfo(jnp.asarray(0).dtype).max
     labels = jnp.array([0, largest - largest % 2**32 + 1 if largest >= 2**32 else largest])
-    data = make_problem(jnp.ones((2, 1)), labels, l2=jnp.asarray(L2), num_classes=3)
+    data = make_problem(jnp.ones((2, 1)), labels, num_classes=3)
     assert jnp.isnan(data.share).all()
 
 
@@ -90,26 +95,14 @@ def test_a_label_too_large_for_32_bits_is_not_wrapped_into_a_class() -> None:
 def test_examples_of_weight_zero_are_dropped_though_their_loss_is_infinite() -> None:
     features, labels = jnp.ones((3, 2)), jnp.array([0, 1, 2])
     weight = jnp.array([1.0, 1.0, 0.0])
-    data = make_problem(features, labels, l2=jnp.asarray(0.0), sample_weight=weight, num_classes=4)
-    assert data.classes is not None
-    np.testing.assert_array_equal(data.classes, [True, True, False, False])
+    data = make_problem(features, labels, weight, num_classes=4)
+    rows, _ = as_they_came(data, 4, ZERO)
+    np.testing.assert_array_equal(rows.present[:, 0, 0], [True, True, False, False])
     at = Params(jnp.ones((4, 2)), jnp.zeros(4))
-    value, gradient = jax.value_and_grad(objective)(at, data)
+    value, gradient = jax.value_and_grad(objective)(at, data, 0.0)
     np.testing.assert_allclose(value, np.log(2), 4 * eps(WIDE))
     assert jnp.isfinite(gradient.weights).all()
     assert not gradient.weights[2:].any()
-
-
-@pytest.mark.single
-def test_the_representative_has_sum_zero_and_the_same_probabilities() -> None:
-    classes = jnp.array([True, True, False])
-    at, moved = params(), centred(params(), classes)
-    np.testing.assert_allclose(moved.weights.sum(0), 0, atol=4 * eps(WIDE))
-    np.testing.assert_allclose(moved.bias.sum(), 0, atol=4 * eps(WIDE))
-    assert not moved.weights[2].any()
-    x = problem().features
-    before, after = (jax.nn.softmax(linear_logits(p, x)[:, :2]) for p in (at, moved))
-    np.testing.assert_allclose(after, before, 100 * eps(WIDE))
 
 
 @pytest.mark.single

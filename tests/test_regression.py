@@ -11,10 +11,10 @@ from jax.test_util import check_grads
 from sklearn.linear_model import LogisticRegression
 
 from jaxsoftmax import Fit, Params, Status, diverging_weights, fit, linear_logits, softmax
-from jaxsoftmax.regression import _objective as objective_module
 from jaxsoftmax.regression._data import make_problem
 from jaxsoftmax.regression._objective import objective
-from tests.fits import CLASSES, EXAMPLES, L2, TOL, WIDTH, data, small_fit, status
+from jaxsoftmax.regression._plan import Plan
+from tests.fits import CLASSES, EXAMPLES, L2, TOL, WIDTH, data, planned_fit, small_fit, status
 from tests.helpers import WIDE, eps, in_double
 
 pytestmark = pytest.mark.slow
@@ -33,8 +33,9 @@ def test_the_optimum_is_that_of_scikit_learn() -> None:
     close(result.params.weights, peer.coef_)
     close(result.params.bias, peer.intercept_)
     close(softmax(linear_logits(result.params, features)), peer.predict_proba(features))
-    problem = make_problem(features, labels, l2=jnp.asarray(L2))
-    best = objective(Params(*map(jnp.asarray, (peer.coef_, peer.intercept_))), problem)
+    problem = make_problem(features, labels, num_classes=CLASSES)
+    there = Params(*(jnp.asarray(value, WIDE) for value in (peer.coef_, peer.intercept_)))
+    best = objective(there, problem, jnp.asarray(L2))
     assert abs(result.objective - best) <= max(TOL, 4 * eps(WIDE)) * best
 
 
@@ -472,16 +473,11 @@ def fit_program(examples: int, classes: int, width: int) -> Any:
 
 
 @pytest.mark.single
-def test_a_problem_in_blocks_of_rows_has_the_same_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_problem_in_blocks_of_rows_has_the_same_fit() -> None:
     features, labels = data()
-    kwargs: dict[str, Any] = {"sample_weight": None, "offset": None, "init": None}
-    whole = [small_fit(features, labels, l2=l2, **kwargs) for l2 in (0.0, L2)]
-    monkeypatch.setattr(objective_module, "_LOGITS", 0)
-    monkeypatch.setattr(objective_module, "_BLOCK", 8 * CLASSES)  # 8 rows, which do not divide 60
-    jax.clear_caches()
-    parts = [small_fit(features, labels, l2=l2, **kwargs) for l2 in (0.0, L2)]
-    jax.clear_caches()
-    for one, other in zip(whole, parts, strict=True):
+    blocks = Plan(kept_logits=0, block_logits=8 * CLASSES)  # 8 rows, which do not divide 60
+    for l2 in (0.0, L2):
+        one, other = (planned_fit(plan, features, labels, l2=l2) for plan in (Plan(), blocks))
         assert status(one) == status(other) == Status.CONVERGED
         close(one.params.weights, other.params.weights)
         close(one.objective, other.objective, rtol=10 * TOL)

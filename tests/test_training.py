@@ -58,11 +58,13 @@ def test_any_optimiser_comes_near_the_optimum(name: str) -> None:
     peer = LogisticRegression(C=1 / (L2 * EXAMPLES), solver="newton-cg", tol=1e-6)
     peer.fit(features, labels)
     best = Params(jnp.asarray(peer.coef_, WIDE), jnp.asarray(peer.intercept_, WIDE))
-    problem = make_problem(jnp.asarray(features), jnp.asarray(labels), l2=jnp.asarray(L2))
+    problem = make_problem(jnp.asarray(features), jnp.asarray(labels), num_classes=CLASSES)
     assert losses.shape == (400,)
     assert state.step == 400
-    minimum = objective(best, problem)
-    assert minimum * (1 - 1e-4) <= objective(state.params, problem) < 1.05 * minimum
+    minimum = objective(best, problem, jnp.asarray(L2))
+    assert (
+        minimum * (1 - 1e-4) <= objective(state.params, problem, jnp.asarray(L2)) < 1.05 * minimum
+    )
 
 
 def test_a_step_is_the_optimisers_own_on_the_mean_loss() -> None:
@@ -71,9 +73,9 @@ def test_a_step_is_the_optimisers_own_on_the_mean_loss() -> None:
     state, loss = training.train_step(
         start(optimizer), features, labels, optimizer=optimizer, l2=L2
     )
-    problem = make_problem(jnp.asarray(features), jnp.asarray(labels), l2=jnp.asarray(L2))
+    problem = make_problem(jnp.asarray(features), jnp.asarray(labels), num_classes=CLASSES)
     zero = Params(jnp.zeros((CLASSES, WIDTH), WIDE), jnp.zeros(CLASSES, WIDE))
-    value, gradient = jax.value_and_grad(objective)(zero, problem)
+    value, gradient = jax.value_and_grad(objective)(zero, problem, jnp.asarray(L2))
     np.testing.assert_allclose(loss, value, rtol=1e-6)
     np.testing.assert_allclose(state.params.weights, -0.1 * gradient.weights, rtol=1e-5)
     np.testing.assert_allclose(state.params.bias, -0.1 * gradient.bias, rtol=1e-5, atol=1e-7)

@@ -10,8 +10,8 @@ import pytest
 from jaxsoftmax import Fit, Params, Status, fit
 from jaxsoftmax.regression._data import make_problem
 from jaxsoftmax.regression._objective import objective
-from jaxsoftmax.regression.solver import _preconditioner as preconditioner
-from tests.fits import CLASSES, EXAMPLES, L2, WIDTH, data, small_fit, status
+from jaxsoftmax.regression._plan import Plan
+from tests.fits import CLASSES, EXAMPLES, L2, WIDTH, data, planned_fit, small_fit, status
 from tests.helpers import WIDE, eps, in_double
 
 pytestmark = pytest.mark.slow
@@ -131,20 +131,19 @@ def test_the_gap_is_a_bound_far_from_the_optimal_bias(distance: float, max_iter:
         assert status(result) == Status.CONVERGED
 
 
-def test_without_penalty_an_unsolved_newton_system_is_no_certificate(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_penalty_an_unsolved_newton_system_is_no_certificate() -> None:
     # So nearly dependent that the diagonal is a poor preconditioner.
-    monkeypatch.setattr(preconditioner, "_BYTES", 0)
-    assert preconditioner.plan(200, 40, CLASSES, kept=True).groups == 0
+    plan = Plan(factor_bytes=0)
+    assert plan.preconditioning(200, 40, CLASSES, kept=True).groups == 0
     rng = np.random.default_rng(0)
     common = rng.normal(size=(200, 1))
     features = jnp.asarray(common + 1e-2 * rng.normal(size=(200, 40)), WIDE)
     labels = jnp.asarray(rng.integers(0, CLASSES, 200))
-    best = fit(features, labels, num_classes=CLASSES, l2=0.0, tol=TOL)
+    run = partial(planned_fit, plan, features, labels, l2=0.0, tol=TOL)
+    best = run()
     assert status(best) == Status.CONVERGED
     for max_iter in range(6):
-        result = fit(features, labels, num_classes=CLASSES, l2=0.0, tol=TOL, max_iter=max_iter)
+        result = run(max_iter=max_iter)
         true = 1 - best.objective / result.objective
         assert true <= 2 * result.gap + 10 * eps(WIDE)
 
@@ -157,16 +156,15 @@ def test_the_gradient_norm_is_that_of_the_objective(shape: tuple[int, int], l2: 
     features = jnp.asarray(rng.normal(size=shape) + 10, WIDE)
     labels = jnp.asarray(rng.integers(0, CLASSES, shape[0]))
     result = fit(features, labels, num_classes=CLASSES, l2=l2, max_iter=2)
-    problem = make_problem(features, labels, l2=jnp.asarray(l2, WIDE), num_classes=CLASSES)
-    gradient = jax.grad(objective)(result.params, problem)
+    problem = make_problem(features, labels, num_classes=CLASSES)
+    gradient = jax.grad(objective)(result.params, problem, jnp.asarray(l2, WIDE))
     expected = jnp.sqrt(jnp.sum(gradient.weights**2) + jnp.sum(gradient.bias**2))
     assert expected > 1e-3
     np.testing.assert_allclose(result.gradient_norm, expected, rtol=1e-2)
 
 
 @pytest.mark.single
-def test_separable_examples_have_gap_1_from_any_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preconditioner, "_LARGE", 0)  # where a sample gives the first steps
+def test_separable_examples_have_gap_1_from_any_start() -> None:
     rng = np.random.default_rng(0)
     features = jnp.asarray(rng.normal(size=(32 * CLASSES * WIDTH, WIDTH)), WIDE)
     labels = features[:, :CLASSES].argmax(-1)

@@ -25,10 +25,10 @@ from jaxsoftmax.estimator._conversions import (
     scikit_learns,
     solver_tol,
 )
-from jaxsoftmax.regression._fit import SOLVERS, checked
+from jaxsoftmax.regression._fit import SOLVERS, check_arguments
 from jaxsoftmax.regression._params import Params
 from jaxsoftmax.regression._result import Fit, Status
-from jaxsoftmax.regression._validation import Scores, validated
+from jaxsoftmax.regression._validation import Scores, validate
 
 _TIE = 64  # units of rounding within which scores are equal
 _TICKS = 8  # of a progress bar, at most: each begins its part of the path anew
@@ -252,7 +252,7 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
             examples.X, examples.labels, fitted.T.astype(dtype), held_out.T.astype(dtype)
         )
         with double(dtype):
-            arrays, static = checked(
+            arguments, static = check_arguments(
                 features,
                 labels,
                 num_classes=len(self.classes_),
@@ -265,14 +265,14 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
                 tol=solver_tol(self.tol, dtype),
                 max_iter=self.max_iter,
             )
-            x, y, penalties, _, *others = arrays
             of_fits, of_scores = (jnp.asarray(weight.T) for weight in weights)
+            penalties = np.asarray(arguments.l2)
 
             def run(penalties: Any) -> _Grid:
-                result = validated(x, y, penalties, of_fits, of_scores, *others, **static)
+                result = validate(arguments, jnp.asarray(penalties), of_fits, of_scores, **static)
                 return _Grid(*jax.device_get(result))
 
-            return _in_parts(run, np.asarray(penalties)) if self.verbose else run(penalties)
+            return _in_parts(run, penalties) if self.verbose else run(penalties)
 
     def _compiled(self, scores: Scores) -> dict[str, Numbers]:
         """Those of the compiled program by scikit-learn's names, the larger the better."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,7 @@ def _contract(values: Array, columns: Array, axis: int) -> Array:
     return lax.dot_general(values, columns, (((2,), (axis,)), ((), ())))
 
 
+@runtime_checkable
 class Rows(Protocol):
     """What the solver needs of examples, wherever they are kept.
 

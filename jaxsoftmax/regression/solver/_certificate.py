@@ -31,7 +31,7 @@ DISTANCE = 100.0  # to an optimum without a penalty, in standard coordinates; se
 def duality_gap(
     rows: Rows,
     penalty: Ridge,
-    penalised: Array,
+    penalised: Array | None,
     point: Point,
     value: Array,
     direction: Array,
@@ -39,9 +39,9 @@ def duality_gap(
 ) -> Array:
     r"""A bound (problems,) on f(T) - min f.
 
-    q is p along a step of the table, in first order:
-    :math:`q_i = p_i + (\mathrm{diag}(p_i) - p_i p_i^T) \, dz_i`, with as much mass moved between the
-    classes afterwards as a surplus says.
+    q is p along a step of the table, in first order,
+    :math:`q_i = p_i + (\mathrm{diag}(p_i) - p_i p_i^T) \, dz_i`, after which as much mass is moved
+    between the classes as a surplus says.
 
     Where the weights are penalised, the step is one of the bias alone, and the surplus what it
     leaves: so the classes' shares are those of the data, which the bias demands.
@@ -53,7 +53,7 @@ def duality_gap(
     Args:
       rows: the examples in the dtype of the problem.
       penalty: that of each problem.
-      penalised: (problems,), whether it is above 0.
+      penalised: (problems,), whether it is above 0; None if all are.
       point: where the objective was evaluated.
       value: (problems,), the objective there.
       direction: (classes, problems, columns), the step, to be subtracted from the table.
@@ -61,37 +61,43 @@ def duality_gap(
     """
     divergence, slope = rows.total(_divergence_and_slope, point.table, direction, *surplus)
     gap = divergence + penalty.dual_gap(slope + penalty.gradient(point.table))
+    if penalised is None:
+        return gap
     rounding = 4 * jnp.finfo(slope.dtype).eps * value[None, :, None]
     left = jnp.sum(jnp.maximum(jnp.abs(slope) - rounding, 0), (0, 2))
     distance = DISTANCE + 2 * jnp.max(jnp.abs(point.table), (0, 2))
     return gap + jnp.where(penalised, 0, distance * left)
 
 
-def bias_hessian(rows: Rows, point: Point) -> Array:
-    r""":math:`\sum_i c_i\, (\mathrm{diag}(p_i) - p_i p_i^T)` of each problem."""
+def bias_products(rows: Rows, point: Point) -> Array:
+    r""":math:`\sum_i c_i\, p_i p_i^T` of each problem."""
     if point.probabilities is None:
-        return rows.total(_bias_hessian_anew, point.table)
-    return _bias_hessian(rows, point.probabilities)
+        return rows.total(_bias_products_anew, point.table)
+    return _bias_products(rows, point.probabilities)
 
 
-def _bias_hessian_anew(rows: Examples, table: Array) -> Array:
-    return _bias_hessian(rows, point_at(rows, table).probabilities)
+def _bias_products_anew(rows: Examples, table: Array) -> Array:
+    return _bias_products(rows, point_at(rows, table).probabilities)
 
 
-def _bias_hessian(rows: Examples, p: Array) -> Array:
-    shared = rows.share * p
-    diagonal = jnp.eye(len(p), dtype=p.dtype)[None] * jnp.sum(shared, 2).T[:, None]
-    return diagonal - jnp.einsum("kln,jln->lkj", shared, p)
+def _bias_products(rows: Examples, p: Array) -> Array:
+    return jnp.einsum("kln,jln->lkj", rows.share * p, p)
 
 
-def bias_step(hessian: Array, residual: Array, present: Array) -> tuple[Array, Array]:
-    """A Newton step of the bias (classes, problems, 1), and what it leaves of the residual; no step
-    where it would be so long that the first order of the probabilities is negative."""
-    xp = namespace(hessian, residual)
-    size = (hessian * xp.eye(len(residual), dtype=hessian.dtype)[None]).max((1, 2), keepdims=True)
-    absent = xp.eye(len(residual), dtype=hessian.dtype)[None] * ~present[:, :, 0].T[:, None]
+def bias_step(products: Array, residual: Array, present: Array) -> tuple[Array, Array]:
+    r"""A Newton step of the bias (classes, problems, 1), and what it leaves of the residual.
+
+    There is no step where it would be so long that the first order of a probability is negative.
+
+    The Hessian is :math:`\sum_i c_i\, (\mathrm{diag}(p_i) - p_i p_i^T)`, and every p_i has sum 1.
+    """
+    xp = namespace(products, residual)
+    identity = xp.eye(len(residual), dtype=products.dtype)[None]
+    hessian = identity * products.sum(2, keepdims=True) - products
+    size = (hessian * identity).max((1, 2), keepdims=True)
+    absent = identity * ~present[:, :, 0].T[:, None]
     # The sum over the classes, along which the Hessian is 0, is held at 0.
-    regular = hessian + size * (1 / len(residual) + absent) + 1e-30
+    regular = hessian + size * (1 / len(residual) + absent) + 1e-30 * identity
     step = xp.linalg.solve(regular, xp.moveaxis(residual, 1, 0)) * present.swapaxes(0, 1)
     short = xp.ptp(step, 1, keepdims=True) < 0.5
     step = xp.where(short, step, 0).astype(residual.dtype)

@@ -84,4 +84,6 @@ def _inverse(rows: Examples, point: Point, ridge: Array) -> Array:
     if not sizes.groups or columns > examples:
         return _preconditioner.inverse_diagonals(weight, ridge)
     mean = _preconditioner.covariance(rows, rows.share[0, 0], DEFAULT)
-    return _preconditioner.inverse_blocks(rows, weight, mean, ridge, sizes.rows, DEFAULT)
+    return _preconditioner.inverse_blocks(
+        rows, weight, mean, ridge, jnp.zeros((1, 1), ridge.dtype), sizes.rows, DEFAULT
+    )

@@ -59,27 +59,46 @@ def evaluate(
 
 
 @_compiled
-def bias_hessian(model: Any, point: Point) -> Array:
-    """The Hessian (problems, classes, classes) with respect to the bias."""
-    return _certificate.bias_hessian(model.fast, point).astype(point.table.dtype)
+def bias_products(model: Any, point: Point) -> Array:
+    """The mean (problems, classes, classes) of p p^T."""
+    return _certificate.bias_products(model.fast, point).astype(point.table.dtype)
 
 
 @_compiled
 def gap(
-    model: Any, point: Point, value: Array, direction: Array, surplus: tuple[Array, Array]
+    model: Any,
+    point: Point,
+    value: Array,
+    direction: Array,
+    surplus: tuple[Array, Array],
+    *,
+    precise: bool,
 ) -> Array:
-    """Bounds on objective - minimum."""
+    """Bounds on objective - minimum; `precise` says that some problem may be unpenalised."""
     return _certificate.duality_gap(
-        model.exact, model.penalty, model.penalised, point, value, direction, surplus
+        model.exact,
+        model.penalty,
+        model.penalised if precise else None,
+        point,
+        value,
+        direction,
+        surplus,
     )
 
 
 @_compiled
 def inverse(
-    model: Any, point: Point, ridge: Array, part: Array, *, sizes: Preconditioning, plan: Plan
+    model: Any,
+    point: Point,
+    ridge: Array,
+    least: Array,
+    part: Array,
+    *,
+    sizes: Preconditioning,
+    plan: Plan,
 ) -> Array:
-    """The preconditioner, with `ridge` on the diagonals; problems that share one make it of a mean
-    in which each has its `part`."""
+    """The preconditioner, with `ridge` on the diagonals, of which the features have at `least`;
+    problems that share one make it of a mean in which each has its `part`."""
     weight = hessian_weight(model.fast, point)
     if sizes.groups != len(weight):
         weight = jnp.mean(weight, 0, keepdims=True)
@@ -88,7 +107,7 @@ def inverse(
     if model.covariance is None:
         return _preconditioner.inverse_diagonals(weight, ridge)
     return _preconditioner.inverse_blocks(
-        model.fast, weight, model.covariance, ridge, sizes.rows, plan
+        model.fast, weight, model.covariance, ridge, least, sizes.rows, plan
     )
 
 

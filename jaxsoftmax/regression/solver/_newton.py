@@ -137,6 +137,8 @@ class Numbers(NamedTuple):
 
     def where(self, counts: Array, other: "Numbers") -> "Numbers":
         """These numbers of the problems that count, and others of the rest."""
+        if isinstance(counts, np.ndarray) and counts.all():
+            return self
         xp = namespace(*self, *other, counts)
         pairs = zip(self, other, strict=True)
         return Numbers(*(xp.where(counts, a, b).astype(b.dtype) for a, b in pairs))
@@ -247,12 +249,13 @@ def certify(model: Model, state: State, limits: Limits) -> State:
     if xp is jnp or model.penalised.any():
         of = model.penalised[None, :, None]
         step, left = bias_step(
-            read(_kernels.bias_hessian(model, state.point)), residual, target > 0
+            read(_kernels.bias_products(model, state.point)), residual, target > 0
         )
         bias_alone = xp.concatenate([xp.zeros_like(read(direction)[:, :, :-1]), step], 2)
         direction = xp.where(of, bias_alone, read(direction))
         surplus = tuple(xp.where(of, v, 0) for v in surplus_of(target, left))
-    gap = read(_kernels.gap(model, state.point, before.value, direction, surplus))
+    precise = not is_penalised(model)
+    gap = read(_kernels.gap(model, state.point, before.value, direction, surplus, precise=precise))
     gap = xp.where(xp.isnan(gap), float("inf"), gap)
     converged = gap <= limits.tol * before.value
     full = before.iterations >= limits.max_iter
@@ -276,7 +279,8 @@ def precondition(model: Model, state: State, sizes: Preconditioning, plan: Plan)
     ridge = (read(model.penalty.weight) + 1 - free).astype(part.dtype)
     if sizes.shared and ridge.shape[1] > 1:
         ridge = (ridge * part[None, :, None]).sum(1, keepdims=True)
-    inverse = _kernels.inverse(model, state.point, ridge, part, sizes=sizes, plan=plan)
+    least = ridge[:, :, :-1].min(2, initial=1)
+    inverse = _kernels.inverse(model, state.point, ridge, least, part, sizes=sizes, plan=plan)
     return state._replace(inverse=inverse, numbers=numbers._replace(owed=0 * abs(numbers.owed)))
 
 
@@ -293,8 +297,10 @@ def aim(model: Model, state: State, limits: Limits, sizes: Preconditioning) -> S
     # With a new preconditioner they go on; an old one is replaced once that is paid for.
     most = xp.where(before.owed > 0, xp.maximum(sizes.price - before.owed, _LEAST), _MOST)
     wanted = limits.tol * before.value
-    count = state.direction[:, 0].size
-    enough = xp.where(model.penalised, wanted / 2, (wanted / (4 * DISTANCE)) ** 2 / count)
+    classes, _, width = state.direction.shape
+    enough = xp.where(
+        model.penalised, wanted / 2, (wanted / (4 * DISTANCE)) ** 2 / (classes * width)
+    )
     stop = Stop(
         precise=xp.where(model.penalised, -1, xp.where(ending, float("inf"), 2 * wanted)),
         forcing=xp.clip(xp.sqrt(before.drop) / 2, _LEAST_FORCING, _FORCING) ** 2,

@@ -29,6 +29,7 @@ def inverse_blocks(
     weight: Float[Array, "groups problems examples"],
     mean: Array,
     ridge: Float[Array, "1 problems columns"],
+    least: Float[Array, "1 problems"],
     count: int,
     plan: Plan,
 ) -> Float[Array, "groups problems columns columns"]:
@@ -41,6 +42,7 @@ def inverse_blocks(
       weight: the weights of x_i x_i^T.
       mean: what `covariance` gives.
       ridge: what is added to the diagonals.
+      least: the smallest ridge of a feature.
       count: how many examples, those of largest weight, are used for each block.
       plan: how many are multiplied at a time.
     """
@@ -50,17 +52,19 @@ def inverse_blocks(
     weights = weight.reshape(-1, weight.shape[2])
     ridges = jnp.broadcast_to(ridge, (*shape, ridge.shape[2])).reshape(len(weights), -1)
 
-    def inverse(group: tuple[Array, Array]) -> Array:
-        weight, ridge = group
+    smallest = jnp.broadcast_to(least, shape).reshape(-1)
+
+    def inverse(group: tuple[Array, Array, Array]) -> Array:
+        weight, ridge, least = group
         total = _sum(weight)
         chosen, index = lax.top_k(weight, count)
         left = jnp.maximum(total - _sum(chosen), 0)
         block = _sum_of_squares(columns, index, chosen, plan) + left * mean
         # What underflowed to 0 has little, but not nothing, or conjugate gradients are blind there.
-        size = total + jnp.min(ridge[:-1], initial=1)
+        size = total + least
         return _invert(block, ridge + jnp.finfo(size.dtype).eps * size + _TINY)
 
-    return lax.map(inverse, (weights, ridges)).reshape(*shape, *mean.shape)
+    return lax.map(inverse, (weights, ridges, smallest)).reshape(*shape, *mean.shape)
 
 
 def _sum(weight: Array) -> Array:
