@@ -2,12 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+
+if TYPE_CHECKING:
+    from jax import Array
+else:
+    # What a function of either namespace takes: see `namespace`.
+    Array = jax.Array | np.ndarray
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

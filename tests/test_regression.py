@@ -439,11 +439,10 @@ def test_products_have_full_precision_on_every_device() -> None:
 
     for f in (size, jax.grad(size)):
         for solver in ("newton_cg", "lbfgs"):
-            program = str(jax.make_jaxpr(f, static_argnums=1)(features, solver))
-            products = program.split("dot_general[")[1:]
-            precise = ["Precision.HIGHEST" in product[:400].split("] ")[0] for product in products]
-            assert precise
-            assert all(precise)
+            program = jax.jit(f, static_argnums=1).lower(features, solver).as_text()
+            products = [line for line in program.splitlines() if "dot_general" in line]
+            assert products
+            assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
 def test_derivatives_of_a_fit_under_vmap_equal_a_loop() -> None:
@@ -523,13 +522,13 @@ def test_low_precision_and_integer_features_are_computed_in_float32() -> None:
 
 @pytest.mark.single
 def test_one_shape_is_compiled_once() -> None:
-    from jaxsoftmax.regression import solved
-
     features, labels = data()
     small_fit(features, labels)
-    size = solved._cache_size()  # type: ignore[attr-defined]
-    small_fit(2 * features, labels, l2=0.5, tol=1e-3, max_iter=7)
-    assert solved._cache_size() == size  # type: ignore[attr-defined]
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        compiled: list[str] = []
+        patch.setattr(logging.getLogger("jax._src.dispatch"), "warning", compiled.append)
+        small_fit(2 * features, labels, l2=0.5, tol=1e-3, max_iter=7)
+    assert not compiled
 
 
 def assert_equals_loop(batched: Fit, singles: list[Fit]) -> None:

@@ -10,11 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.lax.linalg import ormqr
 from jaxtyping import Float, Shaped
 
-from jaxsoftmax._runtime import namespace, read
+from jaxsoftmax._runtime import Array, namespace, read
 from jaxsoftmax.regression._params import Params
 
 

@@ -3,10 +3,10 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
 from jaxtyping import Float, Int, Shaped
 
 from jaxsoftmax import _checks
+from jaxsoftmax._runtime import Array
 from jaxsoftmax.functional._stable import compute_dtype
 from jaxsoftmax.regression._params import Params
 

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jaxtyping import Float
 
+from jaxsoftmax._runtime import Array
 from jaxsoftmax.functional._reductions import Rows as ClassRows
 from jaxsoftmax.regression._coordinates import Coordinates
 from jaxsoftmax.regression._data import Problem

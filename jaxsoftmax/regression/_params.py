@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
 from jaxsoftmax import _checks
+from jaxsoftmax._runtime import Array
 
 
 class Params(NamedTuple):

@@ -3,11 +3,10 @@
 import math
 from typing import NamedTuple
 
-from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from jaxsoftmax._runtime import namespace
+from jaxsoftmax._runtime import Array, namespace
 
 
 class Ridge(NamedTuple):
@@ -30,7 +29,7 @@ class Ridge(NamedTuple):
         xp = namespace(l2, inverse)
         root = xp.sqrt(l2)[:, None] * xp.where(inverse > 0, inverse, 1)[None]
         root = xp.minimum(root, 1e15)
-        root = xp.concatenate([root, xp.zeros_like(root[:, :1])], 1)[None]
+        root = xp.concatenate([root, xp.zeros((len(root), 1), root.dtype)], 1)[None]
         scale = xp.where(root > 0, math.sqrt(0.5) / xp.where(root > 0, root, 1), 0)
         return Ridge(root**2, scale.astype(root.dtype))
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Shaped
 
-from jaxsoftmax._runtime import namespace, read
+from jaxsoftmax._runtime import Array, namespace, read
 from jaxsoftmax.regression._coordinates import Coordinates
 from jaxsoftmax.regression._data import Problem
 
@@ -80,7 +80,10 @@ class Rows(Protocol):
     def dtype(self) -> DTypeLike: ...
     @property
     def target(self) -> Array: ...
-    def separable(self) -> Array:
+    def offset_range(self) -> Array:
+        """The largest difference (problems or 1,) between offsets of one example."""
+
+    def separable(self, offset_range: Array) -> Array:
         """The objective (problems or 1,) below which an unpenalised one proves that the classes are
         separable."""
 
@@ -111,10 +114,10 @@ class Examples:
     """
 
     design: Dense | Raw
-    labels: Shaped[Array, "*classes problems examples"]
-    share: Float[Array, "1 problems examples"]
-    offset: Float[Array, "classes problems examples"] | None
-    target: Float[Array, "classes problems 1"]
+    labels: Array
+    share: Array
+    offset: Array | None
+    target: Array
     block: int
 
     @staticmethod
@@ -129,15 +132,12 @@ class Examples:
         by_class = jnp.issubdtype(problem.labels.dtype, jnp.floating)
         share = lanes(problem.share, 1)
         labels = lanes(problem.labels, 2 if by_class else 1)
-        targets = _targets(labels, num_classes, share.dtype)
-        shape = (num_classes, max(targets.shape[1], share.shape[1]), share.shape[2])
-        targets, shares = jnp.broadcast_to(targets, shape), jnp.broadcast_to(share, (1, *shape[1:]))
         return Examples(
             design=design,
             labels=labels,
             share=share,
             offset=None if problem.offset is None else lanes(problem.offset, 2),
-            target=jnp.einsum("kln,aln->kl", targets, shares)[:, :, None],
+            target=_class_shares(labels, share, num_classes, block),
             block=block,
         )
 
@@ -207,7 +207,18 @@ class Examples:
         )
         return total
 
-    def separable(self) -> Array:
+    def offset_range(self) -> Array:
+        """The largest difference between offsets of one example that counts."""
+        share, target = read(self.share), read(self.target)
+        xp = namespace(share)
+        if self.offset is None:
+            return xp.zeros(1, share.dtype)
+        offset, present = read(self.offset), target > 0
+        largest = xp.where(present, offset, -float("inf")).max(0, keepdims=True)
+        least = xp.where(present, offset, float("inf")).min(0, keepdims=True)
+        return xp.where(share > 0, largest - least, 0).max((0, 2))
+
+    def separable(self, offset_range: Array) -> Array:
         r"""The objective below which an unpenalised one proves that the classes are separable.
 
         Below :math:`\log(1 + e^{-r})` times the least share, with the largest range r of an
@@ -215,24 +226,17 @@ class Examples:
         multiple of the parameters brings the objective as near to 0 as one likes, and no finite
         ones attain it. Labels that are no classes, but shares of several, are never separated.
         """
-        labels, share, offset, target = (
-            None if v is None else read(v)
-            for v in (self.labels, self.share, self.offset, self.target)
-        )
+        share, target = read(self.share), read(self.target)
         xp = namespace(share)
-        counts, present = share > 0, target > 0
+        counts = share > 0
         least = xp.where(counts, share, float("inf")).min((0, 2))
         # Of a single present class the probability is 1 whatever the parameters.
-        proves = present.sum((0, 2)) > 1
+        proves = (target > 0).sum((0, 2)) > 1
         if self.probability_labels:
-            pure = (labels > 0).sum(0, keepdims=True) == 1
+            pure = (read(self.labels) > 0).sum(0, keepdims=True) == 1
             proves = proves & (pure | ~counts).all((0, 2))
-        bound = xp.full(1, math.log(2), share.dtype)
-        if offset is not None:
-            most = xp.where(present, offset, -float("inf")).max(0, keepdims=True)
-            lowest = xp.where(present, offset, float("inf")).min(0, keepdims=True)
-            bound = xp.log1p(xp.exp(-xp.where(counts, most - lowest, 0).max((0, 2))))
-        return xp.where(proves, bound * least, 0).astype(share.dtype)
+        bound = xp.log1p(xp.exp(-offset_range)) * least
+        return xp.where(proves, bound, 0).astype(share.dtype)
 
     def each(self, f: Callable[["Examples"], Array]) -> Array:
         """f(block), one value (1, problems, examples) for each example, of all of them."""
@@ -266,3 +270,18 @@ def _targets(labels: Array, num_classes: int, dtype: DTypeLike) -> Array:
         return labels
     classes = jnp.arange(num_classes, dtype=labels.dtype)[:, None, None]
     return (classes == labels).astype(dtype)
+
+
+def _class_shares(labels: Array, share: Array, num_classes: int, block: int) -> Array:
+    """The classes' shares (classes, problems or 1, 1) in the data."""
+    problems, examples = max(labels.shape[1], share.shape[1]), share.shape[2]
+    shares = jnp.broadcast_to(share, (1, problems, examples))
+    if labels.shape[0] == 1 and block < examples:  # without an array of classes and examples
+        of = jnp.broadcast_to(labels[0], (problems, examples))
+        number = jnp.arange(problems, dtype=of.dtype)[:, None]
+        total = jnp.zeros((num_classes, problems), share.dtype).at[of, number].add(shares[0])
+    else:
+        targets = _targets(labels, num_classes, share.dtype)
+        targets = jnp.broadcast_to(targets, (num_classes, problems, examples))
+        total = jnp.einsum("kln,aln->kl", targets, shares)
+    return total[:, :, None]

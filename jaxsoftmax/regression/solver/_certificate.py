@@ -12,9 +12,8 @@ Reference:
 """
 
 import jax.numpy as jnp
-from jax import Array
 
-from jaxsoftmax._runtime import namespace
+from jaxsoftmax._runtime import Array, namespace
 from jaxsoftmax.regression._objective import (
     Point,
     losses_and_residuals,
@@ -31,7 +30,7 @@ DISTANCE = 100.0  # to an optimum without a penalty, in standard coordinates; se
 def duality_gap(
     rows: Rows,
     penalty: Ridge,
-    penalised: Array | None,
+    unpenalised: tuple[Array, Array] | None,
     point: Point,
     value: Array,
     direction: Array,
@@ -47,13 +46,14 @@ def duality_gap(
     leaves: so the classes' shares are those of the data, which the bias demands.
 
     Where they are not, it is a Newton step. G is 0 but for what it left of the gradient, which
-    counts times `DISTANCE` and twice the largest entry of the table: the bound holds if an optimum
-    is no further off.
+    counts times `DISTANCE`, the range of the offsets and twice the largest entry of the table: the
+    bound holds if an optimum is no further off.
 
     Args:
       rows: the examples in the dtype of the problem.
       penalty: that of each problem.
-      penalised: (problems,), whether it is above 0; None if all are.
+      unpenalised: (problems,), whether the penalty is above 0, and the largest difference between
+        offsets of one example; None if it is everywhere.
       point: where the objective was evaluated.
       value: (problems,), the objective there.
       direction: (classes, problems, columns), the step, to be subtracted from the table.
@@ -61,11 +61,12 @@ def duality_gap(
     """
     divergence, slope = rows.total(_divergence_and_slope, point.table, direction, *surplus)
     gap = divergence + penalty.dual_gap(slope + penalty.gradient(point.table))
-    if penalised is None:
+    if unpenalised is None:
         return gap
+    penalised, offset_range = unpenalised
     rounding = 4 * jnp.finfo(slope.dtype).eps * value[None, :, None]
     left = jnp.sum(jnp.maximum(jnp.abs(slope) - rounding, 0), (0, 2))
-    distance = DISTANCE + 2 * jnp.max(jnp.abs(point.table), (0, 2))
+    distance = DISTANCE + offset_range + 2 * jnp.max(jnp.abs(point.table), (0, 2))
     return gap + jnp.where(penalised, 0, distance * left)
 
 
@@ -95,12 +96,12 @@ def bias_step(products: Array, residual: Array, present: Array) -> tuple[Array, 
     identity = xp.eye(len(residual), dtype=products.dtype)[None]
     hessian = identity * products.sum(2, keepdims=True) - products
     size = (hessian * identity).max((1, 2), keepdims=True)
-    absent = identity * ~present[:, :, 0].T[:, None]
+    absent = xp.where(present[:, :, 0].T[:, None], 0, identity)
     # The sum over the classes, along which the Hessian is 0, is held at 0.
     regular = hessian + size * (1 / len(residual) + absent) + 1e-30 * identity
-    step = xp.linalg.solve(regular, xp.moveaxis(residual, 1, 0)) * present.swapaxes(0, 1)
+    step = xp.linalg.solve(regular, xp.moveaxis(residual, 1, 0))
     short = xp.ptp(step, 1, keepdims=True) < 0.5
-    step = xp.where(short, step, 0).astype(residual.dtype)
+    step = xp.where(short & present.swapaxes(0, 1), step, 0).astype(residual.dtype)
     return xp.moveaxis(step, 0, 1), residual - xp.moveaxis(hessian @ step, 0, 1)
 
 

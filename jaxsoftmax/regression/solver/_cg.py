@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jaxtyping import Float
 
+from jaxsoftmax._runtime import Array
 from jaxsoftmax.regression._penalty import inner
 
 # Directions d of conjugate gradients, of length d^T H d = 1, and their images H d.

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import lax
 
-from jaxsoftmax._runtime import namespace, precise
+from jaxsoftmax._runtime import Array, namespace, precise
 from jaxsoftmax.functional._stable import compute_dtype
 from jaxsoftmax.regression._data import Arguments
 from jaxsoftmax.regression._params import Params
@@ -125,6 +125,7 @@ def advance(phase: int, model: Model, state: State, limits: Limits, setting: Set
     return aim(model, state, limits, setting.sizes)
 
 
+@np.errstate(all="ignore")  # as JAX
 def solve_on_host(arguments: Arguments, l2s: Any, limits: Limits, setting: Setting) -> Fit:
     """Fits under penalties (problems or 1, penalties), driven by Python.
 
@@ -195,7 +196,7 @@ def run(model: Model, state: State, limits: Limits, setting: Setting) -> State:
 def _refine(arguments: Arguments, fit: Fit, l2: Any, limits: Limits, setting: Setting) -> Fit:
     """Go on with products in the dtype of the problem where float32 allowed no more progress."""
     setting = setting._replace(narrow=False)
-    left = np.maximum(limits.max_iter - fit.iterations, 0).astype(np.int32)
+    left = np.maximum(limits.max_iter - fit.iterations, 0).astype(l2.dtype)
     one = limits._replace(max_iter=left)
     new = solve_on_host(arguments._replace(init=fit.params), l2[:, None], one, setting)
     new = jax.tree.map(lambda values: values[:, 0], new)

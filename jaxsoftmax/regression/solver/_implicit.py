@@ -39,7 +39,8 @@ def solve_hessian(
     weight = penalty.weight * jnp.append(inverse, 0)[None, None] ** 2
     penalty = Ridge(weight, 0 * weight)
     present = rows.present.astype(dtype)
-    free = jnp.append(jnp.ones(inverse.size, dtype), fit_bias)[None, None]
+    bias = jnp.asarray(fit_bias, dtype)
+    free = jnp.append(jnp.ones(inverse.size, dtype), bias)[None, None]
 
     def project(table: Array) -> Array:
         mean = jnp.sum(present * table, 0, keepdims=True) / jnp.sum(present)

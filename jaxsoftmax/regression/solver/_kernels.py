@@ -7,9 +7,8 @@ from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
-from jaxsoftmax._runtime import precise
+from jaxsoftmax._runtime import Array, precise
 from jaxsoftmax.regression import _objective
 from jaxsoftmax.regression._objective import Point, hessian_product, hessian_weight
 from jaxsoftmax.regression._plan import Plan, Preconditioning
@@ -78,7 +77,7 @@ def gap(
     return _certificate.duality_gap(
         model.exact,
         model.penalty,
-        model.penalised if precise else None,
+        (model.penalised, model.offset_range) if precise else None,
         point,
         value,
         direction,

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 
-from jaxsoftmax._runtime import namespace, precise
+from jaxsoftmax._runtime import Array, namespace, precise
 from jaxsoftmax.regression._coordinates import Coordinates, RowSpace
 from jaxsoftmax.regression._data import Arguments, Problem, make_problem
 from jaxsoftmax.regression._penalty import Ridge
@@ -59,9 +59,10 @@ def model_of(frame: Frame, l2: Array) -> Model:
     inverse = frame.coordinates.inverse
     free = (present & frame.varies).astype(inverse.dtype)
     count = xp.maximum(free.sum(0, keepdims=True), 1)
-    separable = xp.zeros_like(l2)
+    separable = offset_range = xp.zeros_like(l2)
     if xp is jnp or not (l2 > 0).all():
-        separable = frame.exact.separable()
+        offset_range = frame.exact.offset_range()
+        separable = frame.exact.separable(offset_range)
     return Model(
         exact=frame.exact,
         narrow=frame.narrow,
@@ -69,6 +70,7 @@ def model_of(frame: Frame, l2: Array) -> Model:
         penalty=Ridge.of(l2, inverse),
         penalised=l2 > 0,
         separable=separable,
+        offset_range=offset_range,
         free=free,
         centre=free / count,
         covariance=frame.covariance,

@@ -23,9 +23,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from jaxsoftmax._runtime import namespace, read
+from jaxsoftmax._runtime import Array, namespace, read
 from jaxsoftmax.regression._coordinates import Coordinates
 from jaxsoftmax.regression._objective import Point
 from jaxsoftmax.regression._penalty import Ridge, inner
@@ -59,6 +58,7 @@ class Model(NamedTuple):
       penalised: (problems,), whether it is above 0.
       separable: (problems or 1,), the objective below which it proves that the classes of an
         unpenalised problem are separable.
+      offset_range: (problems or 1,), the largest difference between offsets of one example.
       free: (classes, problems or 1, columns), 1 for the entries of a table that can vary, else 0.
       centre: the same divided by their number in each column.
       covariance: of the columns, if the preconditioner has factors.
@@ -70,6 +70,7 @@ class Model(NamedTuple):
     penalty: Ridge
     penalised: Array
     separable: Array
+    offset_range: Array
     free: Array
     centre: Array
     covariance: Array | None
@@ -141,7 +142,7 @@ class Numbers(NamedTuple):
             return self
         xp = namespace(*self, *other, counts)
         pairs = zip(self, other, strict=True)
-        return Numbers(*(xp.where(counts, a, b).astype(b.dtype) for a, b in pairs))
+        return Numbers(*(xp.where(counts, a.astype(b.dtype), b) for a, b in pairs))
 
 
 class State(NamedTuple):
@@ -201,6 +202,7 @@ def judge(
     """What is known after a step was accepted, and what comes next."""
     xp = namespace(value)
     started, moved = before.iterations >= 0, before.length > 0
+    step = xp.where(moved, 1, 0).astype(value.dtype)
     slack = 4 * jnp.finfo(value.dtype).eps
     progress = (value < before.value * (1 - slack)) | (weights_gap < before.weights_gap / 2)
     after = before._replace(
@@ -208,8 +210,8 @@ def judge(
         weights_gap=weights_gap,
         gap=xp.full_like(value, float("inf")),
         drop=xp.where(started & moved, before.slope / value, before.drop),
-        idle=xp.where(~started | (moved & progress), 0, before.idle + moved),
-        iterations=before.iterations + (moved | ~started),
+        idle=xp.where(~started | (moved & progress), 0, before.idle + step),
+        iterations=xp.where(started, before.iterations + step, 0),
         products=before.products + 1,
     )
     ending = after.ending(limits)
@@ -334,7 +336,8 @@ def aim(model: Model, state: State, limits: Limits, sizes: Preconditioning) -> S
         products=before.products + steps,
         phase=xp.where(near, CERTIFY, SEARCH),
     ).where(aiming, before)
-    owed = before.owed + xp.where(aiming, steps, 0).max()
+    # Where there was no curvature the preconditioner is of no use elsewhere.
+    owed = before.owed + xp.where(flat, sizes.price, xp.where(aiming, steps, 0)).max()
     return State(state.point, direction, state.inverse, memory, after._replace(owed=owed))
 
 
@@ -347,4 +350,4 @@ def next_phase(numbers: Numbers, sizes: Preconditioning) -> Any:
     """The phase that comes next."""
     phase, owed = numbers.phase.min(), numbers.owed.max()
     due = (phase == AIM) & ((owed < 0) | (owed >= sizes.price))
-    return phase + due * (PRECONDITION - AIM)
+    return namespace(phase).where(due, PRECONDITION, phase)

@@ -8,9 +8,10 @@ carry most of its sum: those that the model is not sure of.
 from itertools import pairwise
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jaxtyping import Float
 
+from jaxsoftmax._runtime import Array
 from jaxsoftmax.regression._plan import Plan
 from jaxsoftmax.regression._rows import Dense, Examples
 

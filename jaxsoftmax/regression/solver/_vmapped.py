@@ -20,10 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from jaxsoftmax._runtime import Array
 from jaxsoftmax.functional._stable import compute_dtype
 from jaxsoftmax.regression._data import Arguments
 from jaxsoftmax.regression._params import Params
@@ -112,7 +113,7 @@ def _solve(
             xp.asarray(v) for v in (arguments.l2, arguments.tol, arguments.max_iter)
         )
         l2s = l2.astype(dtype).reshape(-1, l2.shape[-1] if path else 1)
-        limits = Limits(xp.atleast_1d(tol.astype(dtype)), xp.atleast_1d(max_iter))
+        limits = Limits(*(xp.atleast_1d(v.astype(dtype)) for v in (tol, max_iter)))
         return driver(arguments, l2s, limits, setting)
 
     if size == count:
