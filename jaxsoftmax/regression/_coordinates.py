@@ -36,7 +36,8 @@ class RowSpace(NamedTuple):
         coordinates = jnp.tril(reflectors[:, : len(taus)])
         # Rows that depend on others, as centred ones do, leave columns of nothing but rounding.
         length = jnp.linalg.norm(coordinates, axis=1, keepdims=True)
-        rounding = features.shape[1] * jnp.finfo(features.dtype).eps * length
+        size = features.shape[1] * length + 4 * jnp.linalg.norm(mean)
+        rounding = jnp.finfo(features.dtype).eps * size
         noise = jnp.all(jnp.abs(coordinates) <= rounding, 0)
         return RowSpace(reflectors.T, taus, mean), jnp.where(noise, 0, coordinates)
 

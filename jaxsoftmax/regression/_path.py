@@ -96,7 +96,8 @@ def _l2_grid(
     rows = Examples.of(problem, Raw(features, in_units), num_classes, block)
     p = rows.target
     if not fit_bias:
-        p = rows.present / jnp.sum(rows.present).astype(dtype)
+        present = rows.present.astype(dtype)
+        p = present / jnp.sum(present)
     gradient = rows.total(_gradient_at_shares, p)
     steepest = jnp.maximum(jnp.max(jnp.abs(gradient)), tiny)
     squares = jnp.max(rows.total(_mean_squares, gradient / steepest))

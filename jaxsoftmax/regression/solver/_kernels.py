@@ -102,7 +102,8 @@ def inverse(
     if sizes.groups != len(weight):
         weight = jnp.mean(weight, 0, keepdims=True)
     if weight.shape[1] > ridge.shape[1]:
-        weight = jnp.sum(weight * _over(part), 1, keepdims=True)
+        parts = _over(part)
+        weight = jnp.sum(jnp.where(parts > 0, weight * parts, 0), 1, keepdims=True)
     if model.covariance is None:
         return _preconditioner.inverse_diagonals(weight, ridge)
     return _preconditioner.inverse_blocks(

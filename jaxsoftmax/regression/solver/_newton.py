@@ -280,7 +280,9 @@ def precondition(model: Model, state: State, sizes: Preconditioning, plan: Plan)
     free = read(model.free).max(0, keepdims=True)
     ridge = (read(model.penalty.weight) + 1 - free).astype(part.dtype)
     if sizes.shared and ridge.shape[1] > 1:
-        ridge = (ridge * part[None, :, None]).sum(1, keepdims=True)
+        parts = part[None, :, None]
+        xp = namespace(*numbers)
+        ridge = xp.where(parts > 0, ridge * parts, 0).sum(1, keepdims=True)
     least = ridge[:, :, :-1].min(2, initial=1)
     inverse = _kernels.inverse(model, state.point, ridge, least, part, sizes=sizes, plan=plan)
     return state._replace(inverse=inverse, numbers=numbers._replace(owed=0 * abs(numbers.owed)))
