@@ -42,7 +42,7 @@ def partitioned(f: _Function) -> _Function:
             return f(*arrays, **options)
         with jax.sharding.use_abstract_mesh(explicit):
             run = jax.sharding.auto_axes(partial(f, **options), out_sharding=PartitionSpec())
-            return run(*arrays)
+            return jax.jit(run)(*arrays)
 
     return cast(_Function, whole)
 

@@ -109,7 +109,7 @@ def losses_and_residuals(z: Array, labels: Array) -> tuple[Array, Array, Array]:
     e = jnp.exp(d)
     if jnp.issubdtype(labels.dtype, jnp.floating):
         total, excess, own = _CLASSES.sums(
-            e, e - jnp.floor(e), jnp.where(labels > 0, labels * d, 0)
+            e, e - jnp.floor(e), labels * jnp.where(labels > 0, d, 0)
         )
         log_total = jnp.log1p(jnp.where(jnp.abs(total - 1) < 0.5, excess, total - 1))
         p = e / total

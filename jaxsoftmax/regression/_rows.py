@@ -5,7 +5,6 @@ column; logits are (classes, problems, examples). Problems side by side have the
 arrays that they share have size 1 on their axis.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial

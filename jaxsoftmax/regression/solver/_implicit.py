@@ -35,6 +35,7 @@ def solve_hessian(
     # A column without deviation has a derivative: that with respect to its entries.
     inverse = jnp.where(coordinates.inverse > 0, coordinates.inverse, 1)
     coordinates = coordinates._replace(inverse=inverse)
+    point = point_at(rows, table)
     rows = replace(rows, design=Dense(coordinates.standardise(features)))
     weight = penalty.weight * jnp.append(inverse, 0)[None, None] ** 2
     penalty = Ridge(weight, 0 * weight)
@@ -47,7 +48,7 @@ def solve_hessian(
         return (table - mean) * present * free
 
     params = Params(table[None, :, 0, :-1], table[None, :, 0, -1])
-    point = point_at(rows, coordinates.table(params))
+    point = point._replace(table=coordinates.table(params))
 
     def product(table: Array) -> Array:
         return project(hessian_product(rows, penalty, point, project(table)))
