@@ -130,9 +130,13 @@ def test_a_confident_loss_and_its_residual_keep_their_digits() -> None:
 def test_derivatives_of_losses_and_residuals_equal_finite_differences() -> None:
     z = jnp.asarray(RNG.normal(size=(CLASSES, 2, 5)), WIDE)
     integers = jnp.asarray(RNG.integers(0, CLASSES, (1, 2, 5)))
-    check_grads(lambda z: losses_and_residuals(z, integers), (z,), order=2)
-    shares = jax.nn.softmax(jnp.asarray(RNG.normal(size=z.shape), WIDE), 0)
-    check_grads(losses_and_residuals, (z, shares), order=2)
+    check_grads(jax.jit(lambda z: losses_and_residuals(z, integers)), (z,), order=2)
+
+    @jax.jit
+    def of_shares(z: jax.Array, logits: jax.Array) -> Any:
+        return losses_and_residuals(z, jax.nn.softmax(logits, 0))
+
+    check_grads(of_shares, (z, jnp.asarray(RNG.normal(size=z.shape), WIDE)), order=2)
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(block_features=4 * WIDTH)])

@@ -61,6 +61,7 @@ def solve_hessian(
         return project(_preconditioner.apply(inverse_blocks, project(residual)))
 
     def solve(_: object, b: Array) -> Array:
+        b = project(b)  # as a cotangent it comes with parts that no step can reach
         one = jnp.ones(1, dtype)
         accuracy = 10 * jnp.finfo(dtype).eps
         stop = Stop(-one, accuracy**2 * one, 0 * one, 0 * one, jnp.inf * one, _STEPS * one)
