@@ -72,7 +72,7 @@ def go_on(
     """Model and state under the next penalty. Tables are nearly linear in log(l2), so the start is
     where the last two point to; what was learnt of the Hessian is kept."""
     table, numbers = state.point.table, state.numbers
-    xp = namespace(*numbers)
+    xp = namespace(numbers.value)
     table = np.asarray(table) if xp is np else table
     log = xp.broadcast_to(xp.log(l2), setting.problems)
     ratio = (log - course.log) / (course.log - course.log_before)
@@ -90,7 +90,7 @@ def go_on(
 def result(model: Model, state: State, limits: Limits) -> Fit:
     """The fits, with leading problems."""
     numbers = state.numbers
-    xp = namespace(*numbers)
+    xp = namespace(numbers.value)
     table, gradient, free, centre = (
         np.asarray(v) if xp is np else v
         for v in (state.point.table, state.point.gradient, model.free, model.centre)

@@ -179,9 +179,9 @@ def init(model: Model, table: Array, sizes: Preconditioning) -> State:
 def search(model: Model, state: State, limits: Limits) -> State:
     """Evaluate the objective at the end of the step; accept the step, or shorten it."""
     before = state.numbers
-    xp = namespace(*before)
+    xp = namespace(before.value)
     trying = before.phase == SEARCH
-    slack = 4 * jnp.finfo(before.value.dtype).eps
+    slack = 4 * np.finfo(before.value.dtype).eps
     bound = before.value * (1 + slack) - _ARMIJO * before.length * before.slope
     # The start is accepted as it is, and so is a point that is evaluated again.
     bound = xp.where(before.length == 0, float("inf"), bound)
@@ -203,7 +203,7 @@ def judge(
     xp = namespace(value)
     started, moved = before.iterations >= 0, before.length > 0
     step = xp.where(moved, 1, 0).astype(value.dtype)
-    slack = 4 * jnp.finfo(value.dtype).eps
+    slack = 4 * np.finfo(value.dtype).eps
     progress = (value < before.value * (1 - slack)) | (weights_gap < before.weights_gap / 2)
     after = before._replace(
         value=value,
@@ -229,11 +229,11 @@ def shorten(before: Numbers, size: Array) -> Numbers:
     """A part of a step that was too long; 0 for one that moves nothing any more, after which the
     point before it is the last. `size` is the largest
     entry of the direction."""
-    xp = namespace(*before)
+    xp = namespace(before.value)
     radius = _RADIUS * 2 ** (before.iterations / 5)  # the more steps it took, the further it may be
     too_long = before.length * size > 2 * radius
     length = xp.where(too_long, radius / xp.where(size > 0, size, 1), before.length / 2)
-    lost = ~(length * size > jnp.finfo(length.dtype).eps)
+    lost = ~(length * size > np.finfo(length.dtype).eps)
     return before._replace(
         length=xp.where(lost, 0, length),
         idle=xp.where(lost, _IDLE, before.idle),
@@ -244,7 +244,7 @@ def shorten(before: Numbers, size: Array) -> Numbers:
 def certify(model: Model, state: State, limits: Limits) -> State:
     """Bound the distance from the minimum; end the fit if it is small, or can become no smaller."""
     before = state.numbers
-    xp = namespace(*before)
+    xp = namespace(before.value)
     target = model.exact.target
     residual = read(state.point.gradient)[:, :, -1:]
     direction, surplus = state.direction, (0 * residual, 0 * residual)
@@ -281,7 +281,7 @@ def precondition(model: Model, state: State, sizes: Preconditioning, plan: Plan)
     ridge = (read(model.penalty.weight) + 1 - free).astype(part.dtype)
     if sizes.shared and ridge.shape[1] > 1:
         parts = part[None, :, None]
-        xp = namespace(*numbers)
+        xp = namespace(numbers.value)
         ridge = xp.where(parts > 0, ridge * parts, 0).sum(1, keepdims=True)
     least = ridge[:, :, :-1].min(2, initial=1)
     inverse = _kernels.inverse(model, state.point, ridge, least, part, sizes=sizes, plan=plan)
@@ -296,7 +296,7 @@ def aim(model: Model, state: State, limits: Limits, sizes: Preconditioning) -> S
     certificate, and is found well.
     """
     before = state.numbers
-    xp = namespace(*before)
+    xp = namespace(before.value)
     aiming, ending = before.phase == AIM, before.ending(limits)
     # With a new preconditioner they go on; an old one is replaced once that is paid for.
     most = xp.where(before.owed > 0, xp.maximum(sizes.price - before.owed, _LEAST), _MOST)
@@ -322,7 +322,7 @@ def aim(model: Model, state: State, limits: Limits, sizes: Preconditioning) -> S
     # A saturated model has no curvature: there is nothing but the gradient to go along.
     flat = aiming & ~((steps > 0) & (slope > 0) & (slope < float("inf")))
     length = xp.ones_like(slope)
-    direction = x.astype(state.direction.dtype)
+    direction = x if x.dtype == state.direction.dtype else read(x).astype(state.direction.dtype)
     if xp is jnp or flat.any() or not aiming.all():
         x, gradient, old = (read(v) for v in (direction, state.point.gradient, state.direction))
         squares = inner(gradient, gradient)

@@ -124,7 +124,8 @@ def _solve(
         fits = _one_by_one(solve, cut, side)
         fits = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:])[:count], fits)
     dropped = tuple(axis for axis, kept in enumerate((any(side), path)) if not kept)
-    return [jnp.asarray(v.squeeze(dropped)) for v in jax.tree.leaves(fits)]
+    leaves_of_fits = [v.squeeze(dropped) for v in jax.tree.leaves(fits)]
+    return jax.device_put(leaves_of_fits) if on_host else leaves_of_fits
 
 
 def _one_by_one(solve: Any, leaves: list[Array], mapped: Any) -> Any:
