@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 if TYPE_CHECKING:
-    from jax import Array
+    Array: TypeAlias = Any
 else:
-    # What a function of either namespace takes: see `namespace`.
+    # An array of JAX or of NumPy: see `namespace`.
     Array = jax.Array | np.ndarray
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

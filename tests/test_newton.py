@@ -80,7 +80,7 @@ BLOCKS = pytest.mark.parametrize("block", [EXAMPLES, 4])  # the second does not 
 @pytest.mark.parametrize("by_class", [False, True])
 def test_value_and_gradient_are_those_of_the_log_likelihood(block: int, by_class: bool) -> None:
     labels = jax.nn.one_hot(ARRAYS["labels"], CLASSES, dtype=WIDE)
-    changed = {"labels": 0.8 * labels + 0.2 / CLASSES} if by_class else {}
+    changed: dict[str, Any] = {"labels": 0.8 * labels + 0.2 / CLASSES} if by_class else {}
     shares = changed.get("labels", labels)
     data = problem()
 
@@ -158,7 +158,9 @@ def test_coordinates_have_mean_zero_and_size_one_and_give_the_same_objective(pla
         here, point = evaluate(rows, penalty, table)
         np.testing.assert_allclose(here[0], value, 1e-3 if jnp.float32 == WIDE else 1e-10)
         expected = of.pull_back(gradient.weights[:, None], gradient.bias[:, None, None])
-        np.testing.assert_allclose(point.gradient, expected, 1e-2, 1e-2 * abs(expected).max())
+        np.testing.assert_allclose(
+            point.gradient, expected, 1e-2, 1e-2 * float(abs(expected).max())
+        )
         norm = jnp.sqrt(jnp.sum(gradient.weights**2) + jnp.sum(gradient.bias**2))
         np.testing.assert_allclose(of.gradient_norm(point.gradient), norm[None], 1e-2)
 
@@ -279,7 +281,7 @@ def test_remembered_directions_make_the_preconditioner_exact_along_them() -> Non
 
 
 def test_a_penalty_that_underflows_still_counts_in_the_gap() -> None:
-    l2, inverse = np.float32([1.0]), np.float32([1e-24, 0.5])
+    l2, inverse = np.array([1.0], np.float32), np.array([1e-24, 0.5], np.float32)
     scale = Ridge.of(l2, inverse).gap_scale
     np.testing.assert_allclose(scale[0, 0], [0.5**0.5 * 1e24, 2**0.5, 0], 1e-6)
 

@@ -66,10 +66,11 @@ def as_they_came(problem: Problem, num_classes: int, l2: Array) -> tuple[Example
 
 def evaluate(rows: Rows, penalty: Ridge, table: Array) -> tuple[Array, Point]:
     """The objective at a table, its gradient and the probabilities in one pass."""
-    if isinstance(rows, Examples) and rows.kept:
-        loss, slope, p = _loss_slope_probabilities(rows, table)
+    p = None
+    if rows.kept:
+        loss, slope, p = rows.total(_loss_slope_probabilities, table)
     else:
-        (loss, slope), p = rows.total(_loss_and_slope, table), None
+        loss, slope = rows.total(_loss_and_slope, table)
     return loss + penalty.value(table), Point(table, slope + penalty.gradient(table), p)
 
 
@@ -147,7 +148,7 @@ def hessian_product(rows: Rows, penalty: Ridge, point: Point, direction: Array) 
     if point.probabilities is None:
         data = rows.total(_product_anew, point.table, direction)
     else:
-        data = _product(rows, point.probabilities, direction)
+        data = rows.total(_product, point.probabilities, direction)
     return data + penalty.product(direction)
 
 

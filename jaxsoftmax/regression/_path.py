@@ -92,7 +92,7 @@ def _l2_grid(
     standard = standard_coordinates(features, problem.share, fit_bias=fit_bias, plan=DEFAULT)
     unit = jnp.maximum(jnp.max(standard.scale, initial=0), tiny)
     in_units = standard._replace(inverse=jnp.full_like(standard.inverse, 1 / unit))
-    block = DEFAULT.block(*features.shape, num_classes)
+    block = DEFAULT.block(len(features), features.shape[1], num_classes)
     rows = Examples.of(problem, Raw(features, in_units), num_classes, block)
     p = rows.target
     if not fit_bias:

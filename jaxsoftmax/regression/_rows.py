@@ -70,6 +70,7 @@ class Rows(Protocol):
     Attributes:
       shape: (examples, columns of a table).
       target: (classes, problems or 1, 1), the classes' shares in the data.
+      kept: whether the logits of all examples may be kept: then `total` calls f once with all.
       traceable: whether `total` can be traced, so that loops around it can be compiled.
     """
 
@@ -79,6 +80,8 @@ class Rows(Protocol):
     def dtype(self) -> DTypeLike: ...
     @property
     def target(self) -> Array: ...
+    @property
+    def kept(self) -> bool: ...
     def offset_range(self) -> Array:
         """The largest difference (problems or 1,) between offsets of one example."""
 
@@ -143,7 +146,8 @@ class Examples:
     @property
     def shape(self) -> tuple[int, int]:
         if isinstance(self.design, Dense):
-            return self.design.columns.shape
+            examples, columns = self.design.columns.shape
+            return examples, columns
         examples, width = self.design.features.shape
         return examples, width + 1
 

@@ -183,14 +183,14 @@ def stratified_folds(
     count = len(classes)
     known = _checks.known(classes) if key is None else None
     xp: Any = jnp if known is None else np  # of which NumPy has nothing to compile
-    classes = classes if known is None else known
+    of: Any = classes if known is None else known
     shuffled = xp.arange(count) if key is None else jax.random.permutation(key, count)
-    classes = classes[shuffled]
+    of = of[shuffled]
     # Sorted by class, every num_folds-th example is of the same fold; within a class the same
     # folds are then given out in order.
-    by_class = xp.argsort(classes, stable=True)
+    by_class = xp.argsort(of, stable=True)
     turns = xp.arange(count, dtype=np.int32) % num_folds
-    ordered = turns[xp.lexsort((turns, classes[by_class]))]
+    ordered = turns[xp.lexsort((turns, of[by_class]))]
     return jnp.asarray(ordered[xp.argsort(shuffled[by_class])])
 
 

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,7 @@ from sklearn.datasets import load_digits, load_wine
 from sklearn.linear_model import LogisticRegression
 
 from jaxsoftmax import Params, Status, fit
-from jaxsoftmax.regression._data import make_problem
-from jaxsoftmax.regression.solver._newton import newton_cg
+from jaxsoftmax.regression.solver import _drivers
 from tests.benchmarks._measure import environment, medians, stored
 
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
@@ -187,20 +187,11 @@ def peers(copies: dict[str, Data]) -> Iterator[tuple[str, list[Callable[[], Para
 
 def products_of(data: Data, dtype: str) -> tuple[int, int, str]:
     """Iterations and products of a fit, and its status."""
-    problem = make_problem(
-        jnp.asarray(data.features, dtype),
-        jnp.asarray(data.labels),
-        l2=jnp.asarray(data.l2, dtype),
-        num_classes=data.classes,
-    )
-    zeros = jnp.zeros((data.classes, data.features.shape[1]), dtype)
-    init = Params(zeros, zeros[:, 0])
-    result, products = jax.jit(
-        lambda problem, init: newton_cg(
-            problem, init, fit_bias=True, tol=jnp.asarray(GAP, dtype), max_iter=jnp.asarray(100)
-        )
-    )(problem, init)
-    return int(result.iterations), round(float(products)), Status(int(result.status)).name
+    features = jnp.asarray(data.features, dtype)
+    with mock.patch.object(_drivers, "result", wraps=_drivers.result) as end:
+        result = fit(features, jnp.asarray(data.labels), num_classes=data.classes, l2=data.l2)
+    products = float(end.call_args.args[1].numbers.products.max())
+    return int(result.iterations), round(products), Status(int(result.status)).name
 
 
 def seconds_of_a_product(data: Data) -> float:

@@ -74,11 +74,12 @@ def bias_products(rows: Rows, point: Point) -> Array:
     r""":math:`\sum_i c_i\, p_i p_i^T` of each problem."""
     if point.probabilities is None:
         return rows.total(_bias_products_anew, point.table)
-    return _bias_products(rows, point.probabilities)
+    return rows.total(_bias_products, point.probabilities)
 
 
 def _bias_products_anew(rows: Examples, table: Array) -> Array:
-    return _bias_products(rows, point_at(rows, table).probabilities)
+    p: Array = point_at(rows, table).probabilities
+    return _bias_products(rows, p)
 
 
 def _bias_products(rows: Examples, p: Array) -> Array:

@@ -96,7 +96,7 @@ def result(model: Model, state: State, limits: Limits) -> Fit:
         for v in (state.point.table, state.point.gradient, model.free, model.centre)
     )
     value, model = numbers.value, model._replace(free=free, centre=centre)
-    present = model.exact.present
+    present = model.exact.target > 0
     params = model.coordinates.params(model.project(table))
     present = present[:, :, 0].T
     # Under jit an invalid tolerance is found here.
@@ -154,8 +154,8 @@ def solve_on_host(arguments: Arguments, l2s: Any, limits: Limits, setting: Setti
         whole = np.stack(values, 1)
         return np.take_along_axis(whole, back.reshape(*back.shape, *[1] * (whole.ndim - 2)), 1)
 
-    fit: Fit = jax.tree.map(stacked, *fits)
-    return fit
+    whole: Fit = jax.tree.map(stacked, *fits)
+    return whole
 
 
 def on_host(frame: Frame) -> Frame:
@@ -210,6 +210,17 @@ def _refine(arguments: Arguments, fit: Fit, l2: Any, limits: Limits, setting: Se
     return refined
 
 
+def pack(state: State) -> Any:
+    """The state with its numbers as one array: each array takes a kernel in every phase."""
+    nothing: Any = None
+    return state._replace(numbers=nothing), jnp.stack(state.numbers)
+
+
+def unpack(packed: Any) -> State:
+    state: State = packed[0]
+    return state._replace(numbers=Numbers(*packed[1]))
+
+
 @precise
 def solve_traced(arguments: Arguments, l2s: Array, limits: Limits, setting: Setting) -> Fit:
     """The same in one compiled loop."""
@@ -220,10 +231,8 @@ def solve_traced(arguments: Arguments, l2s: Array, limits: Limits, setting: Sett
 
     def minimise(model: Model, state: State) -> State:
         def phase_of(phase: int, packed: Any) -> Any:
-            state, numbers = packed
-            state = state._replace(numbers=Numbers(*numbers))
-            state = advance(phase, model, state, limits, setting)
-            return state._replace(numbers=None), jnp.stack(state.numbers)
+            state = advance(phase, model, unpack(packed), limits, setting)
+            return pack(state)
 
         def proceed(packed: Any) -> Any:
             phase = next_phase(Numbers(*packed[1]), setting.sizes).astype(jnp.int32)
@@ -233,10 +242,7 @@ def solve_traced(arguments: Arguments, l2s: Array, limits: Limits, setting: Sett
         def going(packed: Any) -> Array:
             return jnp.any(Numbers(*packed[1]).phase < DONE)
 
-        # The numbers as one array: each array of the loop's state takes a kernel in every phase.
-        packed = state._replace(numbers=None), jnp.stack(state.numbers)
-        state, numbers = lax.while_loop(going, proceed, packed)
-        return state._replace(numbers=Numbers(*numbers))
+        return unpack(lax.while_loop(going, proceed, pack(state)))
 
     model, state, course = begin(frame, start, in_order[0], setting)
     state = minimise(model, state)

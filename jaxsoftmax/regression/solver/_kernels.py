@@ -46,7 +46,7 @@ def evaluate(
     accepted = (value <= bound) | (bound == jnp.inf)
     taken = _over(accepted)
     p = old.probabilities
-    if p is not None:
+    if p is not None and new.probabilities is not None:
         p = jnp.where(taken, new.probabilities.astype(p.dtype), p)
     point = Point(
         table=jnp.where(taken, table, old.table),
@@ -134,7 +134,7 @@ def direction(
     if precise:
         scale = jnp.where(_over(model.penalised), scale, 1)
     narrow = model._replace(free=model.free.astype(dtype), centre=model.centre.astype(dtype))
-    apply = partial(_preconditioner.apply, inverse)
+    apply: Callable[[Array], Array] = partial(_preconditioner.apply, inverse)
     if memory.shape[1]:
         apply = informed(apply, memory)
     end = conjugate_gradient(

@@ -92,7 +92,7 @@ def make_frame(arguments: Arguments, *, setting: Setting) -> Frame:
         mean = _mean(wide, share) if fit_bias else jnp.zeros(features.shape[1], dtype)
         space, features = RowSpace.of(wide, mean)
     coordinates = standard_coordinates(features, share, space, fit_bias=fit_bias, plan=plan)
-    block = plan.block(*features.shape, setting.num_classes)
+    block = plan.block(len(features), features.shape[1], setting.num_classes)
     columns = coordinates.standardise(features).astype(NARROW if setting.narrow else dtype)
     fast = exact = Examples.of(problem, Dense(columns), setting.num_classes, block)
     if setting.narrow:
@@ -123,11 +123,12 @@ def problems_side_by_side(arguments: Arguments, setting: Setting) -> Problem:
     if not any(jax.tree.leaves(own)):
         return make(*data)
     axes = jax.tree.map(lambda is_own: 0 if is_own else None, own, is_leaf=lambda v: v is None)
+    lead: Any = {True: 0, False: None}
     out = Problem(
         features=None,
-        labels=0 if of.labels else None,
-        share=0 if of.labels or of.sample_weight else None,
-        offset=0 if of.offset else None,
+        labels=lead[bool(of.labels)],
+        share=lead[bool(of.labels or of.sample_weight)],
+        offset=lead[bool(of.offset)],
     )
     return jax.vmap(make, axes, out)(*data)
 

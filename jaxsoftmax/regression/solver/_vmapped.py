@@ -54,7 +54,8 @@ def minimise(
 
 newton_p = Primitive("softmax_regression")
 newton_p.multiple_results = True
-_FIT = jax.tree.structure(Fit(Params(0, 0), 0, 0, 0, 0, 0))
+_LEAF: Any = 0
+_FIT = jax.tree.structure(Fit(Params(_LEAF, _LEAF), *[_LEAF] * 5))
 
 
 def _solve(
