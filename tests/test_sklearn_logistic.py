@@ -19,7 +19,7 @@ import sklearn
 from numpy.typing import NDArray
 from sklearn.linear_model._base import LinearClassifierMixin
 
-from jaxsoftmax import estimator, fit
+from jaxsoftmax import fit
 from jaxsoftmax.estimator import SoftmaxRegression, SoftmaxRegressionCV
 
 pytestmark = [
@@ -309,7 +309,7 @@ def theirs(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Any:
 
     monkeypatch.setattr(module, "LogisticRegression", Adapter)
     monkeypatch.setattr(module, "LogisticRegressionCV", AdapterCV)
-    monkeypatch.setattr(estimator, "fit", fit_larger)
+    monkeypatch.setattr("jaxsoftmax.estimator._regression.fit", fit_larger)
     return module
 
 

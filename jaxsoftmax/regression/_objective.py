@@ -217,3 +217,18 @@ def hessian_weight(rows: Examples, point: Point) -> Array:
         return block.share * jnp.mean(p * (1 - p), 0, keepdims=True)
 
     return rows.each(of_block)
+
+
+def curvature(rows: Rows, point: Point) -> Array:
+    """The sums (classes or 1, problems, 1) of `hessian_weight` over the examples."""
+    if point.probabilities is None:
+        return rows.total(_curvature_anew, point.table)
+    return rows.total(_curvature, point.probabilities)
+
+
+def _curvature(rows: Examples, p: Array) -> Array:
+    return jnp.sum(rows.share * p * (1 - p), 2, keepdims=True)
+
+
+def _curvature_anew(rows: Examples, table: Array) -> Array:
+    return jnp.mean(_curvature(rows, _probabilities(rows, table)), 0, keepdims=True)

@@ -34,7 +34,8 @@ def linear_logits(
       ValueError: the weights have not rank 2, or the bias or `features` do not fit them.
 
     Example:
-      >>>       >>> from jaxsoftmax import Params, linear_logits
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax import Params, linear_logits
       >>> params = Params(weights=jnp.array([[1.0, 0.0], [0.0, 2.0]]), bias=jnp.array([0.5, 0.0]))
       >>> linear_logits(params, jnp.array([[3.0, 1.0]]))
       Array([[3.5, 2. ]], dtype=float32)

@@ -39,8 +39,6 @@ class Plan:
       lanes: problems side by side.
       lane_logits: logits of all of them.
       lane_bytes: bytes of their preconditioners.
-      leave: cost of a product, in multiplications, from which on problems that are done leave those
-        that go on. Each number of problems is compiled anew.
     """
 
     kept_logits: int = 2**22
@@ -54,7 +52,6 @@ class Plan:
     lanes: int = 16
     lane_logits: int = 2**23
     lane_bytes: int = 2**28
-    leave: int = 2**27
 
     def block(self, examples: int, width: int, classes: int) -> int:
         """How many examples' logits are formed at a time."""

@@ -12,6 +12,8 @@ Reference:
 """
 
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from jaxsoftmax._runtime import Array, namespace
 from jaxsoftmax.regression._objective import (
@@ -100,10 +102,20 @@ def bias_step(products: Array, residual: Array, present: Array) -> tuple[Array, 
     absent = xp.where(present[:, :, 0].T[:, None], 0, identity)
     # The sum over the classes, along which the Hessian is 0, is held at 0.
     regular = hessian + size * (1 / len(residual) + absent) + 1e-30 * identity
-    step = xp.linalg.solve(regular, xp.moveaxis(residual, 1, 0))
+    right = xp.moveaxis(residual, 1, 0)
+    step = np.linalg.solve(regular, right) if xp is np else _cholesky_solve(regular, right)
     short = xp.ptp(step, 1, keepdims=True) < 0.5
     step = xp.where(short & present.swapaxes(0, 1), step, 0).astype(residual.dtype)
     return xp.moveaxis(step, 0, 1), residual - xp.moveaxis(hessian @ step, 0, 1)
+
+
+def _cholesky_solve(matrix: Array, right: Array) -> Array:
+    lower = lax.linalg.cholesky(matrix)
+    for transpose in (False, True):
+        right = lax.linalg.triangular_solve(
+            lower, right, left_side=True, lower=True, transpose_a=transpose
+        )
+    return right
 
 
 def surplus_of(target: Array, residual: Array) -> tuple[Array, Array]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
@@ -123,7 +124,9 @@ _PRECISE = 500  # steps of a direction that is to be found well
 
 
 def _cond(condition: Array, f: Callable[[Progress], Progress], at: Progress) -> Progress:
-    """f(at) on a condition, which may be known."""
+    """f(at) on a condition, which is known where a Python loop runs the iteration."""
+    if not isinstance(condition, jax.core.Tracer):
+        return f(at) if condition else at
     result: Progress = lax.cond(condition, f, lambda at: at, at)
     return result
 

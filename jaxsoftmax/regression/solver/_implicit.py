@@ -5,7 +5,13 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax.regression._objective import Point, hessian_product, hessian_weight, point_at
+from jaxsoftmax.regression._objective import (
+    Point,
+    curvature,
+    hessian_product,
+    hessian_weight,
+    point_at,
+)
 from jaxsoftmax.regression._params import Params
 from jaxsoftmax.regression._penalty import Ridge
 from jaxsoftmax.regression._plan import DEFAULT
@@ -81,11 +87,11 @@ def _inverse(rows: Examples, point: Point, ridge: Array) -> Array:
     examples, columns = rows.shape
     kept = point.probabilities is not None
     sizes = DEFAULT.preconditioning(examples, columns - 1, len(rows.target), kept=kept)
+    if not sizes.groups or columns > examples:
+        return _preconditioner.inverse_diagonals(curvature(rows, point), ridge)
     weight = hessian_weight(rows, point)
     if sizes.groups != len(weight):
         weight = jnp.mean(weight, 0, keepdims=True)
-    if not sizes.groups or columns > examples:
-        return _preconditioner.inverse_diagonals(weight, ridge)
     mean = _preconditioner.covariance(rows, rows.share[0, 0], DEFAULT)
     return _preconditioner.inverse_blocks(
         rows, weight, mean, ridge, jnp.zeros((1, 1), ridge.dtype), sizes.rows, DEFAULT

@@ -98,8 +98,11 @@ def inverse(
 ) -> Array:
     """The preconditioner, with `ridge` on the diagonals, of which the features have at `least`;
     problems that share one make it of a mean in which each has its `part`."""
-    weight = hessian_weight(model.fast, point)
-    if sizes.groups != len(weight):
+    if model.covariance is None:
+        weight = _objective.curvature(model.fast, point)
+    else:
+        weight = hessian_weight(model.fast, point)
+    if max(sizes.groups, 1) != len(weight):
         weight = jnp.mean(weight, 0, keepdims=True)
     if weight.shape[1] > ridge.shape[1]:
         parts = _over(part)

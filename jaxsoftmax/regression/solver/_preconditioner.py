@@ -73,10 +73,10 @@ def _sum(weight: Array) -> Array:
 
 
 def inverse_diagonals(
-    weight: Float[Array, "groups problems examples"], ridge: Float[Array, "1 problems columns"]
+    curvature: Float[Array, "groups problems 1"], ridge: Float[Array, "1 problems columns"]
 ) -> Float[Array, "groups problems columns"]:
     """Reciprocals of the blocks' diagonals, if the columns' size is 1."""
-    return 1 / (jnp.sum(weight, 2, keepdims=True) + ridge + _TINY)
+    return 1 / (curvature + ridge + _TINY)
 
 
 def apply(inverse: Array, table: Array) -> Array:
