@@ -168,4 +168,6 @@ def test_a_compiled_fit_has_few_kernels() -> None:
     features = jax.ShapeDtypeStruct((1797, 64), jnp.float32)
     labels = jax.ShapeDtypeStruct((1797,), jnp.int32)
     program = jax.jit(partial(fit, num_classes=10, l2=1e-3)).lower(features, labels).compile()
-    assert kernels(program.as_text()) <= 190
+    text = program.as_text()
+    assert text is not None
+    assert kernels(text) <= 190

@@ -51,11 +51,14 @@ def fit(
     `max_iter` static), under `vmap` over any array argument, and inside `scan`. One problem shape
     is compiled once. Examples may be sharded over a mesh; the result is then the same on all of it.
 
+    Concrete arrays are fitted by a Python loop over compiled kernels, which an interrupt ends at
+    once; traced arrays by the same steps in one compiled loop.
+
     Under `vmap` over `l2` alone the problems are a path, in which each fit starts where those under
     stronger penalties point to. Problems of the same features that differ in other arrays advance
     side by side, in groups of up to 16: their products with the features are one product. Where
-    `features` differ, or `l2` together with other arrays, they are solved one by one. `vmap` of a
-    `vmap` over `l2` gives paths side by side.
+    `features` differ, they are solved one by one. `vmap` of a `vmap` over `l2` gives paths side by
+    side.
 
     Parameters and objective of the result can be differentiated with respect to `features`, `l2`,
     `sample_weight`, `offset` and probability labels, any number of times and both forward and
