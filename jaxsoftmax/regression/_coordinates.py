@@ -89,7 +89,7 @@ class Coordinates(NamedTuple):
         weights, bias = params.weights, params.bias[:, :, None]
         if self.rows is not None:
             bias = bias + (weights * self.rows.mean[None, None]).sum(2, keepdims=True)
-            weights = _rotate(self.rows.inward, weights)
+            weights = _rotate(_inward, self.rows, weights)
         bias = bias + (weights * self.mean[None, None]).sum(2, keepdims=True)
         xp = namespace(weights, bias)
         table = xp.concatenate([weights * self.scale[None, None], bias * self.intercept], 2)
@@ -100,7 +100,7 @@ class Coordinates(NamedTuple):
         xp = namespace(table)
         weights, bias = (xp.moveaxis(part, 0, 1) for part in self.parameters(table))
         if self.rows is not None:
-            weights = _rotate(self.rows.outward, weights)
+            weights = _rotate(_outward, self.rows, weights)
             centre = (weights * self.rows.mean[None, None]).sum(2, keepdims=True)
             bias = (bias - centre) * self.intercept
         return Params(weights, bias[:, :, 0])
@@ -111,13 +111,16 @@ class Coordinates(NamedTuple):
         bias = gradient[:, :, -1:]
         weights = gradient[:, :, :-1] * self.scale[None, None] + bias * self.mean[None, None]
         if self.rows is not None:
-            weights = _rotate(self.rows.outward, weights) + bias * self.rows.mean[None, None]
+            weights = _rotate(_outward, self.rows, weights) + bias * self.rows.mean[None, None]
         squares = (weights**2).sum((0, 2)) + (bias**2).sum((0, 2))
         return namespace(gradient).sqrt(squares)
 
 
-def _rotate(rotation: Callable[[Array], Array], weights: Array) -> Array:
+_inward, _outward = jax.jit(RowSpace.inward), jax.jit(RowSpace.outward)
+
+
+def _rotate(rotation: Callable[[RowSpace, Array], Array], space: RowSpace, weights: Array) -> Array:
     """A rotation of rows (rows, features) of weights (..., ..., features), in their namespace."""
-    rows = jax.jit(rotation)(weights.reshape(-1, weights.shape[2]))
+    rows = rotation(space, weights.reshape(-1, weights.shape[2]))
     rows = read(rows) if isinstance(weights, np.ndarray) else rows
     return rows.reshape(*weights.shape[:2], -1)

@@ -26,8 +26,8 @@ class Fit(NamedTuple):
       params: weights (classes, features) and bias (classes,).
       objective: mean loss plus penalty, in nats per example.
       gap: bound on (objective - minimum) / objective, the duality gap of the parameters; inf where
-        none is known. Where l2 = 0 it holds if an optimum lies within 100 of the parameters, and the
-        range of the offsets and twice the largest coefficient, in columns of mean 0 and mean
+        none is known. Where l2 = 0 it holds if an optimum lies within 100 of the parameters, plus
+        the range of the offsets and twice the largest coefficient, in columns of mean 0 and mean
         deviation 1.
       gradient_norm: 2-norm of the objective's gradient.
       iterations: iterations of the solver.

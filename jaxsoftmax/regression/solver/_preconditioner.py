@@ -55,17 +55,23 @@ def inverse_blocks(
 
     smallest = jnp.broadcast_to(least, shape).reshape(-1)
 
-    def inverse(group: tuple[Array, Array, Array]) -> Array:
-        weight, ridge, least = group
+    def block(weight: Array) -> tuple[Array, Array]:
         total = _sum(weight)
         chosen, index = lax.top_k(weight, count)
         left = jnp.maximum(total - _sum(chosen), 0)
-        block = _sum_of_squares(columns, index, chosen, plan) + left * mean
-        # What underflowed to 0 has little, but not nothing, or conjugate gradients are blind there.
-        size = total + least
-        return _invert(block, ridge + jnp.finfo(size.dtype).eps * size + _TINY)
+        return _sum_of_squares(columns, index, chosen, plan) + left * mean, total
 
-    return lax.map(inverse, (weights, ridges, smallest)).reshape(*shape, *mean.shape)
+    def inverse(group: tuple[Array, Array, Array, Array]) -> Array:
+        block, total, ridge, least = group
+        # What underflowed to 0 has little, but not nothing, or conjugate gradients are blind there.
+        floor = jnp.finfo(total.dtype).eps * (total + least) + _TINY
+        return _invert(block, ridge + floor)
+
+    # One loop after the other: the threads of LAPACK and those of XLA:CPU wait busily and hinder
+    # each other, so that in one loop they took half as long again.
+    blocks, totals = lax.map(block, weights)
+    inverses = lax.map(inverse, (blocks, totals, ridges, smallest))
+    return inverses.reshape(*shape, *mean.shape)
 
 
 def _sum(weight: Array) -> Array:
