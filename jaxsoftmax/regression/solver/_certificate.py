@@ -32,7 +32,7 @@ DISTANCE = 100.0  # to an optimum without a penalty, in standard coordinates; se
 def duality_gap(
     rows: Rows,
     penalty: Ridge,
-    unpenalised: tuple[Array, Array] | None,
+    unpenalised: tuple[Array, Array, Array] | None,
     point: Point,
     value: Array,
     direction: Array,
@@ -54,8 +54,9 @@ def duality_gap(
     Args:
       rows: the examples in the dtype of the problem.
       penalty: that of each problem.
-      unpenalised: (problems,), whether the penalty is above 0, and the largest difference between
-        offsets of one example; None if it is everywhere.
+      unpenalised: (problems,), whether the penalty is above 0, the largest difference between
+        offsets of one example, and 1 for the entries of a table that can vary; None if every
+        problem is penalised.
       point: where the objective was evaluated.
       value: (problems,), the objective there.
       direction: (classes, problems, columns), the step, to be subtracted from the table.
@@ -65,9 +66,9 @@ def duality_gap(
     gap = divergence + penalty.dual_gap(slope + penalty.gradient(point.table))
     if unpenalised is None:
         return gap
-    penalised, offset_range = unpenalised
+    penalised, offset_range, free = unpenalised
     rounding = 4 * jnp.finfo(slope.dtype).eps * value[None, :, None]
-    left = jnp.sum(jnp.maximum(jnp.abs(slope) - rounding, 0), (0, 2))
+    left = jnp.sum(free * jnp.maximum(jnp.abs(slope) - rounding, 0), (0, 2))
     distance = DISTANCE + offset_range + 2 * jnp.max(jnp.abs(point.table), (0, 2))
     return gap + jnp.where(penalised, 0, distance * left)
 

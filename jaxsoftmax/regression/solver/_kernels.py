@@ -77,7 +77,7 @@ def gap(
     return _certificate.duality_gap(
         model.exact,
         model.penalty,
-        (model.penalised, model.offset_range) if precise else None,
+        (model.penalised, model.offset_range, model.free) if precise else None,
         point,
         value,
         direction,
