@@ -162,7 +162,7 @@ def _shapes(
 
 def _batch(leaves: Any, axes: Any, *, tree: Any, side: Any, path: bool, **options: Any) -> Any:
     """The table above."""
-    mapped = [axis is not batching.not_mapped for axis in axes]
+    mapped = [axis is not None for axis in axes]
     leaves = [
         jnp.moveaxis(v, axis, 0) if m and axis else v
         for v, axis, m in zip(leaves, axes, mapped, strict=True)
