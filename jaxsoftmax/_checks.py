@@ -16,6 +16,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
+from jaxsoftmax import _runtime
+
 Axis = int | Sequence[int] | None
 AxisName = str | tuple[str, ...] | None
 
@@ -220,6 +222,13 @@ def scalar(
     if x is not None and most is not None and x > most:
         raise ValueError(f"{name} must be at most {most}, got {x}")
     return number
+
+
+def known_scalar(name: str, value: ArrayLike, *, positive: bool = False) -> _runtime.Array:
+    """`scalar`, but a number of Python stays known inside a trace, as an array of NumPy."""
+    if isinstance(value, float | int) and (0 < value < 1e30 or (value == 0 and not positive)):
+        return np.asarray(value, jax.dtypes.canonicalize_dtype(float))
+    return scalar(name, value, positive=positive)
 
 
 def penalties(name: str, value: ArrayLike) -> Array:

@@ -196,7 +196,7 @@ def test_factors_of_all_rows_are_those_of_the_blocks_of_the_hessian(plan: Plan) 
     weight = hessian_weight(rows, point_at(rows, table_of(params())))
     least = jnp.full((1, 1), L2, WIDE)
     factors = _preconditioner.inverse_blocks(
-        rows, weight, mean, ridge[None, None], least, EXAMPLES, plan
+        rows, weight, mean, ridge[None, None], least, jnp.asarray(False), EXAMPLES, plan
     )
     x = rows.design.columns  # type: ignore[union-attr]
     v = jnp.arange(CLASSES * (WIDTH + 1.0), dtype=WIDE).reshape(CLASSES, 1, WIDTH + 1)
@@ -212,11 +212,33 @@ def test_rows_that_a_factor_leaves_out_count_as_the_mean_row() -> None:
     weight = jnp.where(jnp.arange(EXAMPLES) < 6, 1.0, 0.1).astype(WIDE)[None, None]
     mean = _preconditioner.covariance(rows, rows.share[0, 0], Plan())
     inverse = _preconditioner.inverse_blocks(
-        rows, weight, mean, ridge[None, None], jnp.zeros((1, 1), WIDE), 6, Plan()
+        rows,
+        weight,
+        mean,
+        ridge[None, None],
+        jnp.zeros((1, 1), WIDE),
+        jnp.asarray(False),
+        6,
+        Plan(),
     )[0, 0]
     x = rows.design.columns  # type: ignore[union-attr]
     block = x[:6].T @ x[:6] + 2.4 * (x.T * rows.share[0, 0]) @ x + jnp.diag(ridge)
     np.testing.assert_allclose(inverse @ block, np.eye(WIDTH + 1), atol=1e-3)
+
+
+def test_the_first_factor_is_that_of_equal_weights() -> None:
+    rows = standard_rows()
+    ridge = jnp.append(jnp.full(WIDTH, L2, WIDE), 0)
+    mean = _preconditioner.covariance(rows, rows.share[0, 0], Plan())
+    weight = hessian_weight(rows, point_at(rows, table_of(params())))
+    least = jnp.full((1, 1), L2, WIDE)
+    inverse = _preconditioner.inverse_blocks(
+        rows, weight, mean, ridge[None, None], least, jnp.asarray(True), EXAMPLES, Plan()
+    )
+    x, share = rows.design.columns, rows.share[0, 0]  # type: ignore[union-attr]
+    block = weight.sum() / CLASSES * (x.T * share) @ x + jnp.diag(ridge)
+    for k in range(CLASSES):
+        np.testing.assert_allclose(inverse[k, 0] @ block, np.eye(WIDTH + 1), atol=1e-3)
 
 
 @pytest.mark.usefixtures("no_debug_nans")

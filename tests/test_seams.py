@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoftmax import Fit, Params, Status, fit
+from jaxsoftmax import Fit, Status, fit
 from jaxsoftmax.regression._data import make_problem
 from jaxsoftmax.regression._plan import Plan
 from jaxsoftmax.regression._rows import Dense, Examples
@@ -82,12 +82,12 @@ def test_a_list_of_blocks_has_the_fit_of_all_examples(l2: float) -> None:
     columns = coordinates.standardise(features)
     rows = blocks_of(Examples.of(problem, Dense(columns), CLASSES, EXAMPLES), 25)
     sizes = Plan(factor_bytes=0).preconditioning(EXAMPLES, WIDTH, CLASSES, kept=False)
-    setting = Setting(CLASSES, True, 1, None, False, sizes, Plan())
+    setting = Setting(CLASSES, True, 1, None, True, l2 > 0, False, sizes, Plan())
     small = jax.tree.map(np.asarray, coordinates)
-    frame = Frame(rows, None, small, np.ones((1, 1, WIDTH + 1), bool), None)  # type: ignore[arg-type]
-    start = Params(np.zeros((1, CLASSES, WIDTH), WIDE), np.zeros((1, CLASSES), WIDE))
+    free = np.ones((CLASSES, 1, WIDTH + 1), WIDE)
+    frame = Frame(rows, None, small, free, free / CLASSES, None)  # type: ignore[arg-type]
     with np.errstate(all="ignore"):
-        model, state, _ = begin(frame, start, np.full(1, l2, WIDE), setting)
+        model, state, _ = begin(frame, None, np.full(1, l2, WIDE), setting)
         limits = Limits(np.full(1, TOL, WIDE), np.full(1, 500, WIDE))
         found = result(model, run(model, state, limits, setting), limits)
     assert found.status[0] == status(expected) == Status.CONVERGED

@@ -15,6 +15,7 @@ from jaxtyping import Float, Shaped
 
 from jaxsoftmax._runtime import Array, namespace, read
 from jaxsoftmax.regression._params import Params
+from jaxsoftmax.regression._penalty import inner
 
 
 class RowSpace(NamedTuple):
@@ -70,7 +71,7 @@ class Coordinates(NamedTuple):
     def parameters(self, table: Array) -> tuple[Array, Array]:
         """Weights (classes, problems, features) and bias (classes, problems, 1)."""
         weights = table[:, :, :-1] * self.inverse[None, None]
-        centre = (weights * self.mean[None, None]).sum(2, keepdims=True)
+        centre = weights @ self.mean[:, None]
         return weights, (table[:, :, -1:] - centre) * self.intercept
 
     def pull_back(self, sums: Array, total: Array) -> Array:
@@ -88,9 +89,9 @@ class Coordinates(NamedTuple):
         """The table (classes, problems, columns) of `Params` with leading problems."""
         weights, bias = params.weights, params.bias[:, :, None]
         if self.rows is not None:
-            bias = bias + (weights * self.rows.mean[None, None]).sum(2, keepdims=True)
+            bias = bias + weights @ read(self.rows.mean)[:, None]
             weights = _rotate(_inward, self.rows, weights)
-        bias = bias + (weights * self.mean[None, None]).sum(2, keepdims=True)
+        bias = bias + weights @ self.mean[:, None]
         xp = namespace(weights, bias)
         table = xp.concatenate([weights * self.scale[None, None], bias * self.intercept], 2)
         return xp.moveaxis(table, 1, 0)
@@ -101,8 +102,7 @@ class Coordinates(NamedTuple):
         weights, bias = (xp.moveaxis(part, 0, 1) for part in self.parameters(table))
         if self.rows is not None:
             weights = _rotate(_outward, self.rows, weights)
-            centre = (weights * self.rows.mean[None, None]).sum(2, keepdims=True)
-            bias = (bias - centre) * self.intercept
+            bias = (bias - weights @ read(self.rows.mean)[:, None]) * self.intercept
         return Params(weights, bias[:, :, 0])
 
     def gradient_norm(self, gradient: Array) -> Array:
@@ -111,9 +111,10 @@ class Coordinates(NamedTuple):
         bias = gradient[:, :, -1:]
         weights = gradient[:, :, :-1] * self.scale[None, None] + bias * self.mean[None, None]
         if self.rows is not None:
-            weights = _rotate(_outward, self.rows, weights) + bias * self.rows.mean[None, None]
-        squares = (weights**2).sum((0, 2)) + (bias**2).sum((0, 2))
-        return namespace(gradient).sqrt(squares)
+            weights = (
+                _rotate(_outward, self.rows, weights) + bias * read(self.rows.mean)[None, None]
+            )
+        return namespace(gradient).sqrt(inner(weights, weights) + inner(bias, bias))
 
 
 _inward, _outward = jax.jit(RowSpace.inward), jax.jit(RowSpace.outward)

@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Shaped
 
 from jaxsoftmax import _checks
-from jaxsoftmax._runtime import partitioned, precise
+from jaxsoftmax._runtime import Array, partitioned, precise
 from jaxsoftmax.regression._data import Arguments, make_problem
 from jaxsoftmax.regression._objective import as_they_came, evaluate, table_of
 from jaxsoftmax.regression._params import Params
@@ -20,7 +19,7 @@ from jaxsoftmax.regression._result import Fit
 from jaxsoftmax.regression._rows import Examples
 from jaxsoftmax.regression.solver._implicit import solve_hessian
 from jaxsoftmax.regression.solver._lbfgs import lbfgs
-from jaxsoftmax.regression.solver._vmapped import minimise
+from jaxsoftmax.regression.solver._vmapped import is_penalised, minimise
 
 SOLVERS = ("auto", "newton_cg", "lbfgs")
 
@@ -116,7 +115,7 @@ def fit(
         features,
         labels,
         num_classes=num_classes,
-        l2=_checks.scalar("l2", l2),
+        l2=_checks.known_scalar("l2", l2),
         sample_weight=sample_weight,
         offset=offset,
         init=init,
@@ -169,7 +168,7 @@ def check_arguments(
         sample_weight=sample_weight,
         offset=offset,
         init=init,
-        tol=_checks.scalar("tol", tol, positive=True),
+        tol=_checks.known_scalar("tol", tol, positive=True),
         max_iter=np.int32(min(max_iter, np.iinfo(np.int32).max)),
     )
     return arguments, {"num_classes": num_classes, "fit_bias": fit_bias, "solver": solver}
@@ -178,21 +177,25 @@ def check_arguments(
 @partitioned
 def solve(arguments: Arguments, *, num_classes: int, fit_bias: bool, solver: str) -> Fit:
     """`fit` of checked arguments."""
-    return _optimum(num_classes, fit_bias, solver, arguments)
+    # Here l2 may be known, though the other arguments are traced.
+    return _optimum(num_classes, fit_bias, solver, is_penalised(arguments.l2), arguments)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _optimum(num_classes: int, fit_bias: bool, solver: str, arguments: Arguments) -> Fit:
-    method = lbfgs if solver == "lbfgs" else minimise
-    return method(arguments, num_classes=num_classes, fit_bias=fit_bias)
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _optimum(
+    num_classes: int, fit_bias: bool, solver: str, penalised: bool, arguments: Arguments
+) -> Fit:
+    if solver == "lbfgs":
+        return lbfgs(arguments, num_classes=num_classes, fit_bias=fit_bias)
+    return minimise(arguments, num_classes=num_classes, fit_bias=fit_bias, penalised=penalised)
 
 
 @_optimum.defjvp
 def _optimum_jvp(
-    num_classes: int, fit_bias: bool, solver: str, primals: Any, tangents: Any
+    num_classes: int, fit_bias: bool, solver: str, penalised: bool, primals: Any, tangents: Any
 ) -> tuple[Fit, Fit]:
     (arguments,), (tangent,) = primals, tangents
-    fit = _optimum(num_classes, fit_bias, solver, arguments)
+    fit = _optimum(num_classes, fit_bias, solver, penalised, arguments)
     objective, params = _tangents(fit.params, arguments, tangent, num_classes, fit_bias)
     nothing = jax.tree.map(lambda v: np.zeros(v.shape, jax.dtypes.float0), fit)
     return fit, nothing._replace(

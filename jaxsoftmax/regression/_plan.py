@@ -36,6 +36,7 @@ class Plan:
         features.
       factor_entries: entries of features that are multiplied at a time to make a factor.
       factor_panel: columns that are multiplied at a time.
+      factor_all: columns up to which a factor is made of all examples: to choose them takes longer.
       lanes: problems side by side.
       lane_logits: logits of all of them.
       lane_bytes: bytes of their preconditioners.
@@ -49,6 +50,7 @@ class Plan:
     factor_bytes: int = 2**26
     factor_entries: int = 2**19
     factor_panel: int = 256
+    factor_all: int = 64
     lanes: int = 16
     lane_logits: int = 2**23
     lane_bytes: int = 2**28
@@ -92,6 +94,7 @@ class Plan:
         if groups * size > budget:
             groups = 1 if size <= budget else 0
         rows = min(examples, max(2 * examples // max(groups, 4), width, 1))
+        rows = examples if width <= self.factor_all else rows
         side = max(problems // 2, 1) if alike else 1
         price = 20 + groups * width * (rows + 8 * width) // (20 * classes * examples * side)
         memory = max(min(8, budget // (8 * classes * (width + 1))), 1)

@@ -4,7 +4,6 @@ The Python loop compiles only what a run needs, can be interrupted, and sees eve
 concrete arrays. Where arrays are traced, the same phases are branches of one `lax.while_loop`.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax._runtime import Array, namespace, precise
-from jaxsoftmax.functional._stable import compute_dtype
+from jaxsoftmax._runtime import Array, namespace, precise, read
 from jaxsoftmax.regression._data import Arguments
 from jaxsoftmax.regression._params import Params
 from jaxsoftmax.regression._result import Fit, Status
@@ -48,22 +46,26 @@ class Course(NamedTuple):
     log_before: Array
 
 
-def begin(frame: Frame, start: Params, l2: Array, setting: Setting) -> tuple[Model, State, Course]:
+def begin(
+    frame: Frame, start: Params | None, l2: Array, setting: Setting
+) -> tuple[Model, State, Course]:
     """Model, first state and course under the first penalty."""
-    model = model_of(frame, l2)
-    xp = namespace(start.bias)
-    # A class absent from the fit that gave the start has bias -inf there, and may be present here.
-    bias = xp.where(start.bias == -np.inf, 0, start.bias).astype(start.bias.dtype)
-    leading = Params(
-        start.weights if start.weights.ndim == 3 else start.weights[None],
-        bias if bias.ndim == 2 else bias[None],
-    )
-    table = model.coordinates.table(leading)
-    table = xp.broadcast_to(table, (len(table), setting.problems, table.shape[2]))
-    table = model.project(table)
+    model = model_of(frame, l2, penalised=setting.penalised)
+    xp = namespace(l2)
+    classes, columns = len(frame.exact.target), frame.exact.shape[1]
+    table = xp.zeros((classes, setting.problems, columns), l2.dtype)
+    if start is not None:
+        # A class absent from the fit that gave the start has bias -inf there.
+        bias = xp.where(start.bias == -np.inf, 0, start.bias).astype(start.bias.dtype)
+        leading = Params(
+            start.weights if start.weights.ndim == 3 else start.weights[None],
+            bias if bias.ndim == 2 else bias[None],
+        )
+        table = model.project(table + model.coordinates.table(leading))
     log = xp.broadcast_to(xp.log(l2), setting.problems)
     course = Course(table, table, table, log, xp.full_like(log, float("nan")))
-    return model, init(model, table, setting.sizes), course
+    state = init(model, table, setting.sizes, uniform=setting.uniform)
+    return model, state, course
 
 
 def go_on(
@@ -80,8 +82,8 @@ def go_on(
     guess = table + ratio * (table - course.before)
     diverged = (numbers.status == int(Status.DIVERGED))[None, :, None]
     guess = xp.where(diverged, course.start, guess).astype(table.dtype)
-    model = model_of(frame, l2)
-    new = init(model, guess, setting.sizes)
+    model = model_of(frame, l2, penalised=setting.penalised)
+    new = init(model, guess, setting.sizes, uniform=False)
     fresh = new.numbers._replace(products=numbers.products, owed=numbers.owed)
     state = new._replace(inverse=state.inverse, memory=state.memory, numbers=fresh)
     return model, state, Course(course.start, table, table, log, course.log)
@@ -91,12 +93,8 @@ def result(model: Model, state: State, limits: Limits) -> Fit:
     """The fits, with leading problems."""
     numbers = state.numbers
     xp = namespace(numbers.value)
-    table, gradient, free, centre = (
-        np.asarray(v) if xp is np else v
-        for v in (state.point.table, state.point.gradient, model.free, model.centre)
-    )
-    value, model = numbers.value, model._replace(free=free, centre=centre)
-    present = model.exact.target > 0
+    value, table, gradient = numbers.value, read(state.point.table), read(state.point.gradient)
+    present = read(model.exact.target) > 0
     params = model.coordinates.params(model.project(table))
     present = present[:, :, 0].T
     # Under jit an invalid tolerance is found here.
@@ -134,20 +132,20 @@ def solve_on_host(arguments: Arguments, l2s: Any, limits: Limits, setting: Setti
     """
     order = np.argsort(-l2s, 1)
     frame = on_host(make_frame(arguments, setting=setting))
-    start = jax.tree.map(np.asarray, start_of(arguments, setting))
+    start = jax.tree.map(lambda v: np.asarray(v).astype(l2s.dtype), arguments.init)
     fits: list[Fit] = []
     for l2 in np.take_along_axis(l2s, order, 1).T:
         if not fits:
             model, state, course = begin(frame, start, l2, setting)
         else:
             model, state, course = go_on(frame, state, course, l2, setting)
-        penalty, free, centre = jax.device_put((model.penalty, model.free, model.centre))
-        model = model._replace(penalty=penalty, free=free, centre=centre)
         state = run(model, state, limits, setting)
         fit = result(model, state, limits)
         if setting.narrow and (fit.status == Status.STALLED).any():
             fit = _refine(arguments, fit, l2, limits, setting)
         fits.append(fit)
+    if len(fits) == 1:
+        return jax.tree.map(lambda values: values[:, None], fits[0])
     back = np.broadcast_to(np.argsort(order, 1), (setting.problems, len(fits)))
 
     def stacked(*values: Any) -> Any:
@@ -159,23 +157,10 @@ def solve_on_host(arguments: Arguments, l2s: Any, limits: Limits, setting: Setti
 
 
 def on_host(frame: Frame) -> Frame:
-    """The frame with its small arrays read."""
+    """The frame with its coordinates read, in which a start and a result are computed."""
     coordinates = frame.coordinates
     small = jax.tree.map(np.asarray, coordinates._replace(rows=None))
-    return frame._replace(
-        exact=replace(frame.exact, target=np.asarray(frame.exact.target)),
-        coordinates=small._replace(rows=coordinates.rows),
-        varies=np.asarray(frame.varies),
-    )
-
-
-def start_of(arguments: Arguments, setting: Setting) -> Params:
-    """The parameters to start from."""
-    dtype = compute_dtype(arguments.features.dtype)
-    if arguments.init is not None:
-        return jax.tree.map(lambda v: v.astype(dtype), arguments.init)
-    classes, width = setting.num_classes, arguments.features.shape[1]
-    return Params(np.zeros((classes, width), dtype), np.zeros(classes, dtype))
+    return frame._replace(coordinates=small._replace(rows=coordinates.rows))
 
 
 def run(model: Model, state: State, limits: Limits, setting: Setting) -> State:
@@ -213,7 +198,15 @@ def _refine(arguments: Arguments, fit: Fit, l2: Any, limits: Limits, setting: Se
 def pack(state: State) -> Any:
     """The state with its numbers as one array: each array takes a kernel in every phase."""
     nothing: Any = None
-    return state._replace(numbers=nothing), jnp.stack(state.numbers)
+    return state._replace(numbers=nothing), fused_stack(state.numbers)
+
+
+def fused_stack(values: Any) -> Array:
+    index = jnp.arange(len(values))[:, None]
+    whole = jnp.zeros((len(values), *values[0].shape), values[0].dtype)
+    for i, value in enumerate(values):
+        whole = jnp.where(index == i, value[None], whole)
+    return whole
 
 
 def unpack(packed: Any) -> State:
@@ -227,7 +220,7 @@ def solve_traced(arguments: Arguments, l2s: Array, limits: Limits, setting: Sett
     order = jnp.argsort(-l2s, 1)
     in_order = jnp.take_along_axis(l2s, order, 1).T
     frame = make_frame(arguments, setting=setting)
-    start = jax.tree.map(jnp.asarray, start_of(arguments, setting))
+    start = jax.tree.map(lambda v: v.astype(l2s.dtype), arguments.init)
 
     def minimise(model: Model, state: State) -> State:
         def phase_of(phase: int, packed: Any) -> Any:

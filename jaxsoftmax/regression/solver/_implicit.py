@@ -93,6 +93,7 @@ def _inverse(rows: Examples, point: Point, ridge: Array) -> Array:
     if sizes.groups != len(weight):
         weight = jnp.mean(weight, 0, keepdims=True)
     mean = _preconditioner.covariance(rows, rows.share[0, 0], DEFAULT)
+    least, first = jnp.zeros((1, 1), ridge.dtype), jnp.asarray(False)
     return _preconditioner.inverse_blocks(
-        rows, weight, mean, ridge, jnp.zeros((1, 1), ridge.dtype), sizes.rows, DEFAULT
+        rows, weight, mean, ridge, least, first, sizes.rows, DEFAULT
     )

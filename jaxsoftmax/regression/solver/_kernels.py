@@ -92,12 +92,14 @@ def inverse(
     ridge: Array,
     least: Array,
     part: Array,
+    first: Array,
     *,
     sizes: Preconditioning,
     plan: Plan,
 ) -> Array:
     """The preconditioner, with `ridge` on the diagonals, of which the features have at `least`;
-    problems that share one make it of a mean in which each has its `part`."""
+    problems that share one make it of a mean in which each has its `part`. `first` as in
+    `inverse_blocks`."""
     if model.covariance is None:
         weight = _objective.curvature(model.fast, point)
     else:
@@ -110,13 +112,13 @@ def inverse(
     if model.covariance is None:
         return _preconditioner.inverse_diagonals(weight, ridge)
     return _preconditioner.inverse_blocks(
-        model.fast, weight, model.covariance, ridge, least, sizes.rows, plan
+        model.fast, weight, model.covariance, ridge, least, first, sizes.rows, plan
     )
 
 
 @_compiled
 def direction(
-    model: Any, point: Point, inverse: Array, memory: Array, stop: Stop, *, precise: bool
+    model: Any, point: Point, inverse: Array, memory: Array, stop: Array, *, precise: bool
 ) -> tuple[Array, Array, Array]:
     """The direction of the next step, to be subtracted, by conjugate gradients.
 
@@ -125,7 +127,7 @@ def direction(
       point: where they are.
       inverse: the preconditioner.
       memory: the last directions of conjugate gradients.
-      stop: when to stop.
+      stop: when to stop, a `Stop` in one array.
       precise: whether some problem may be unpenalised.
 
     Returns:
@@ -144,7 +146,7 @@ def direction(
         lambda v: hessian_product(model.fast, penalty, point, v),
         lambda residual: narrow.project(apply(residual)),
         point.gradient.astype(dtype),
-        stop,
+        Stop(*stop),
         scale,
         jnp.zeros_like(memory),
         model.fast.while_loop,

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jaxsoftmax._runtime import Array, namespace, precise
+from jaxsoftmax._runtime import Array, precise
 from jaxsoftmax.regression._coordinates import Coordinates, RowSpace
 from jaxsoftmax.regression._data import Arguments, Problem, make_problem
 from jaxsoftmax.regression._penalty import Ridge
@@ -28,6 +29,9 @@ class Setting(NamedTuple):
       fit_bias: whether there is a bias; without, columns keep their means.
       problems: how many fits there are.
       side: which of the `Arguments` have a leading axis of them, as a tree of booleans.
+      uniform: whether probabilities at the start are equal: it is 0, and there are no offsets.
+      penalised: whether every penalty is known to be above 0, which spares what only a fit without
+        a penalty needs.
       narrow: whether products are computed in float32.
       sizes: the preconditioner.
       plan: thresholds of size.
@@ -37,6 +41,8 @@ class Setting(NamedTuple):
     fit_bias: bool
     problems: int
     side: Any
+    uniform: bool
+    penalised: bool
     narrow: bool
     sizes: Preconditioning
     plan: Plan
@@ -48,31 +54,27 @@ class Frame(NamedTuple):
     exact: Examples
     narrow: Examples | None
     coordinates: Coordinates
-    varies: Array
+    free: Array
+    centre: Array
     covariance: Array | None
 
 
-def model_of(frame: Frame, l2: Array) -> Model:
-    """The model under a penalty."""
-    present = frame.exact.target > 0
-    xp = namespace(present, frame.varies)
+def model_of(frame: Frame, l2: Array, *, penalised: bool) -> Model:
+    """The model under a penalty, or penalties of problems side by side; `penalised` as in
+    `Setting`."""
     inverse = frame.coordinates.inverse
-    free = (present & frame.varies).astype(inverse.dtype)
-    count = xp.maximum(free.sum(0, keepdims=True), 1)
-    separable = offset_range = xp.zeros_like(l2)
-    if xp is jnp or not (l2 > 0).all():
-        offset_range = frame.exact.offset_range()
-        separable = frame.exact.separable(offset_range)
+    nothing = np.zeros(len(l2), inverse.dtype)
+    offset_range = nothing if penalised else frame.exact.offset_range()
     return Model(
         exact=frame.exact,
         narrow=frame.narrow,
         coordinates=frame.coordinates,
         penalty=Ridge.of(l2, inverse),
-        penalised=l2 > 0,
-        separable=separable,
+        penalised=np.ones(len(l2), bool) if penalised else l2 > 0,
+        separable=nothing if penalised else frame.exact.separable(offset_range),
         offset_range=offset_range,
-        free=free,
-        centre=free / count,
+        free=frame.free,
+        centre=frame.centre,
         covariance=frame.covariance,
     )
 
@@ -103,11 +105,13 @@ def make_frame(arguments: Arguments, *, setting: Setting) -> Frame:
         # A column may vary, and yet not in each of the problems.
         varied = lax.map(lambda own: _varies(features, own, fit_bias=fit_bias), problem.share)
         varies &= jnp.concatenate([varied, jnp.ones_like(varied[:, :1])], 1)[None]
+    free = (exact.present & varies).astype(dtype)
     return Frame(
         exact=exact,
         narrow=fast if setting.narrow else None,
         coordinates=coordinates,
-        varies=varies,
+        free=free,
+        centre=free / jnp.maximum(jnp.sum(free, 0, keepdims=True), 1),
         covariance=_preconditioner.covariance(fast, share.astype(columns.dtype), plan)
         if setting.sizes.groups
         else None,

@@ -19,6 +19,7 @@ Reference:
   Newton-CG).
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -84,7 +85,8 @@ class Model(NamedTuple):
 
         Adding one vector to all classes changes no probability.
         """
-        return (table - (table * self.centre).sum(0, keepdims=True)) * self.free
+        mean = (table * read(self.centre)).sum(0, keepdims=True)
+        return (table - mean) * read(self.free)
 
 
 class Limits(NamedTuple):
@@ -107,7 +109,7 @@ class Numbers(NamedTuple):
       idle: steps in a row without progress.
       iterations: accepted steps, -1 before the start is evaluated.
       products: products with the Hessian and evaluations.
-      owed: products since the preconditioner was made; -1 before.
+      owed: products since the preconditioner was made; -1 before the first, if it may be coarse.
       phase: SEARCH, CERTIFY, AIM or DONE.
       status: a `Status`, meaningful when DONE.
     """
@@ -126,10 +128,10 @@ class Numbers(NamedTuple):
     status: Array
 
     @staticmethod
-    def start(zero: Array) -> "Numbers":
+    def start(zero: Array, owed: int) -> "Numbers":
         infinite = zero + float("inf")
         known = dict.fromkeys(("value", "weights_gap", "gap", "drop"), infinite)
-        known |= {"iterations": zero - 1, "owed": zero - 1, "phase": zero + SEARCH}
+        known |= {"iterations": zero - 1, "owed": zero + owed, "phase": zero + SEARCH}
         return Numbers(**dict.fromkeys(Numbers._fields, zero) | known)
 
     def ending(self, limits: Limits) -> Array:
@@ -138,8 +140,11 @@ class Numbers(NamedTuple):
 
     def where(self, counts: Array, other: "Numbers") -> "Numbers":
         """These numbers of the problems that count, and others of the rest."""
-        if isinstance(counts, np.ndarray) and counts.all():
-            return self
+        if isinstance(counts, np.ndarray):
+            if counts.all():
+                return self
+            if not counts.any():
+                return other
         xp = namespace(*self, *other, counts)
         pairs = zip(self, other, strict=True)
         return Numbers(*(xp.where(counts, a.astype(b.dtype), b) for a, b in pairs))
@@ -155,8 +160,8 @@ class State(NamedTuple):
     numbers: Numbers
 
 
-def init(model: Model, table: Array, sizes: Preconditioning) -> State:
-    """Before anything is known but where to start."""
+def init(model: Model, table: Array, sizes: Preconditioning, *, uniform: bool) -> State:
+    """Before anything is known but where to start, and whether probabilities are equal there."""
     xp = namespace(table)
     classes, problems, width = table.shape
     fast = model.fast.dtype
@@ -172,7 +177,7 @@ def init(model: Model, table: Array, sizes: Preconditioning) -> State:
         direction=xp.zeros_like(table),
         inverse=xp.zeros((*groups, *square), fast),
         memory=memory,
-        numbers=Numbers.start(zero),
+        numbers=Numbers.start(zero, -1 if uniform else sizes.price),
     )
 
 
@@ -181,8 +186,9 @@ def search(model: Model, state: State, limits: Limits) -> State:
     before = state.numbers
     xp = namespace(before.value)
     trying = before.phase == SEARCH
-    slack = 4 * np.finfo(before.value.dtype).eps
-    bound = before.value * (1 + slack) - _ARMIJO * before.length * before.slope
+    bound = (
+        before.value * (1 + _rounding(before.value.dtype)) - _ARMIJO * before.length * before.slope
+    )
     # The start is accepted as it is, and so is a point that is evaluated again.
     bound = xp.where(before.length == 0, float("inf"), bound)
     bound = xp.where(trying, bound, -float("inf"))
@@ -202,16 +208,16 @@ def judge(
     """What is known after a step was accepted, and what comes next."""
     xp = namespace(value)
     started, moved = before.iterations >= 0, before.length > 0
-    step = xp.where(moved, 1, 0).astype(value.dtype)
-    slack = 4 * np.finfo(value.dtype).eps
-    progress = (value < before.value * (1 - slack)) | (weights_gap < before.weights_gap / 2)
+    step = (started & moved).astype(value.dtype)
+    progress = value < before.value * (1 - _rounding(before.value.dtype))
+    progress |= weights_gap < before.weights_gap / 2
     after = before._replace(
         value=value,
         weights_gap=weights_gap,
-        gap=xp.full_like(value, float("inf")),
-        drop=xp.where(started & moved, before.slope / value, before.drop),
-        idle=xp.where(~started | (moved & progress), 0, before.idle + step),
-        iterations=xp.where(started, before.iterations + step, 0),
+        gap=before.gap + float("inf"),
+        drop=xp.where(step > 0, before.slope / value, before.drop),
+        idle=xp.where(started & ~(moved & progress), before.idle + step, 0),
+        iterations=xp.maximum(before.iterations + step, 0),
         products=before.products + 1,
     )
     ending = after.ending(limits)
@@ -221,8 +227,14 @@ def judge(
     separated = proved & ((value <= limits.tol) | ending)
     finite = xp.isfinite(value + weights_gap)
     status = xp.where(finite, int(Status.SEPARABLE), int(Status.DIVERGED))
-    done = after._replace(gap=value, phase=xp.zeros_like(value) + DONE, status=status)
+    done = after._replace(gap=value, phase=0 * after.phase + DONE, status=status)
     return done.where(~finite | separated, after)
+
+
+@cache
+def _rounding(dtype: Any) -> float:
+    """What counts as no change of an objective, relative to it."""
+    return float(4 * np.finfo(dtype).eps)
 
 
 def shorten(before: Numbers, size: Array) -> Numbers:
@@ -245,7 +257,7 @@ def certify(model: Model, state: State, limits: Limits) -> State:
     """Bound the distance from the minimum; end the fit if it is small, or can become no smaller."""
     before = state.numbers
     xp = namespace(before.value)
-    target = model.exact.target
+    target = read(model.exact.target)
     residual = read(state.point.gradient)[:, :, -1:]
     direction, surplus = state.direction, (0 * residual, 0 * residual)
     if xp is jnp or model.penalised.any():
@@ -277,14 +289,18 @@ def precondition(model: Model, state: State, sizes: Preconditioning, plan: Plan)
     numbers = state.numbers
     aiming = (numbers.phase == AIM).astype(model.fast.dtype)
     part = aiming / aiming.sum()
-    free = read(model.free).max(0, keepdims=True)
-    ridge = (read(model.penalty.weight) + 1 - free).astype(part.dtype)
+    # A column that is constant in a problem depends on that of the bias there.
+    fixed = 1 - read(model.free).max(0, keepdims=True)
+    ridge = (read(model.penalty.weight) + fixed).astype(part.dtype)
     if sizes.shared and ridge.shape[1] > 1:
         parts = part[None, :, None]
         xp = namespace(numbers.value)
         ridge = xp.where(parts > 0, ridge * parts, 0).sum(1, keepdims=True)
     least = ridge[:, :, :-1].min(2, initial=1)
-    inverse = _kernels.inverse(model, state.point, ridge, least, part, sizes=sizes, plan=plan)
+    first = namespace(numbers.owed).asarray(numbers.owed.max() < 0)
+    inverse = _kernels.inverse(
+        model, state.point, ridge, least, part, first, sizes=sizes, plan=plan
+    )
     return state._replace(inverse=inverse, numbers=numbers._replace(owed=0 * abs(numbers.owed)))
 
 
@@ -298,49 +314,58 @@ def aim(model: Model, state: State, limits: Limits, sizes: Preconditioning) -> S
     before = state.numbers
     xp = namespace(before.value)
     aiming, ending = before.phase == AIM, before.ending(limits)
-    # With a new preconditioner they go on; an old one is replaced once that is paid for.
-    most = xp.where(before.owed > 0, xp.maximum(sizes.price - before.owed, _LEAST), _MOST)
-    wanted = limits.tol * before.value
-    classes, _, width = state.direction.shape
-    enough = xp.where(
-        model.penalised, wanted / 2, (wanted / (4 * DISTANCE)) ** 2 / (classes * width)
-    )
-    stop = Stop(
-        precise=xp.where(model.penalised, -1, xp.where(ending, float("inf"), 2 * wanted)),
-        forcing=xp.clip(xp.sqrt(before.drop) / 2, _LEAST_FORCING, _FORCING) ** 2,
-        enough=enough,
-        decrement=xp.where(model.penalised, wanted / 2, float("inf")),
-        # The objective is not negative: where it cannot fall so far, there is hardly curvature.
-        largest=_BELIEF * before.value,
-        most=xp.where(aiming, most, -1),
-    )
-    stop = Stop(*(value.astype(model.fast.dtype) for value in stop))
+    stop = _stop(model, state, limits, sizes)
     x, memory, measured = _kernels.direction(
         model, state.point, state.inverse, state.memory, stop, precise=not is_penalised(model)
     )
     _, _, slope, steps, _ = read(measured).astype(before.value.dtype)
     # A saturated model has no curvature: there is nothing but the gradient to go along.
     flat = aiming & ~((steps > 0) & (slope > 0) & (slope < float("inf")))
-    length = xp.ones_like(slope)
+    length = 0 * slope + 1
     direction = x if x.dtype == state.direction.dtype else read(x).astype(state.direction.dtype)
     if xp is jnp or flat.any() or not aiming.all():
         x, gradient, old = (read(v) for v in (direction, state.point.gradient, state.direction))
         squares = inner(gradient, gradient)
         size = xp.sqrt(squares)
         slope = xp.where(flat, squares, slope)
-        length = xp.where(flat, _RADIUS / xp.where(size > 0, size, 1), length)
+        length = xp.where(flat, _RADIUS / xp.where(size > 0, size, 1), 1)
         found = xp.where(flat[None, :, None], gradient, x)
         direction = xp.where(aiming[None, :, None], found, old).astype(old.dtype)
-    near = ~model.penalised & (ending | (~flat & (slope / 2 <= wanted)))
+    close = ending | (~flat & (slope / 2 <= limits.tol * before.value))
     after = before._replace(
         slope=slope,
         length=length,
         products=before.products + steps,
-        phase=xp.where(near, CERTIFY, SEARCH),
+        phase=xp.where(~model.penalised & close, CERTIFY, SEARCH),
     ).where(aiming, before)
     # Where there was no curvature the preconditioner is of no use elsewhere.
     owed = before.owed + xp.where(flat, sizes.price, xp.where(aiming, steps, 0)).max()
     return State(state.point, direction, state.inverse, memory, after._replace(owed=owed))
+
+
+def _stop(model: Model, state: State, limits: Limits, sizes: Preconditioning) -> Array:
+    """When conjugate gradients stop, as a `Stop` in one array."""
+    numbers = state.numbers
+    xp = namespace(numbers.value)
+    penalised, classes, width = model.penalised, len(state.direction), state.direction.shape[2]
+    wanted = limits.tol * numbers.value
+    # After a certificate that failed, what was enough before is too much.
+    share = xp.where(numbers.gap < float("inf"), wanted / (4 * numbers.gap), 1)
+    enough = wanted / 2 * xp.maximum(xp.minimum(share, 1), _LEAST_FORCING)
+    precise = xp.where(numbers.ending(limits), float("inf"), 2 * wanted)
+    forcing = xp.minimum(xp.maximum(xp.sqrt(numbers.drop) / 2, _LEAST_FORCING), _FORCING)
+    # With a new preconditioner they go on; an old one is replaced once that is paid for.
+    most = xp.where(numbers.owed > 0, xp.maximum(sizes.price - numbers.owed, _LEAST), _MOST)
+    stop = Stop(
+        precise=xp.where(penalised, -1, precise),
+        forcing=forcing**2,
+        enough=xp.where(penalised, enough, (wanted / (4 * DISTANCE)) ** 2 / (classes * width)),
+        decrement=xp.where(penalised, enough, float("inf")),
+        # The objective is not negative: where it cannot fall so far, there is hardly curvature.
+        largest=_BELIEF * numbers.value,
+        most=xp.where(numbers.phase == AIM, most, -1),
+    )
+    return xp.stack(stop).astype(model.fast.dtype)
 
 
 def is_penalised(model: Model) -> bool:
@@ -352,4 +377,4 @@ def next_phase(numbers: Numbers, sizes: Preconditioning) -> Any:
     """The phase that comes next."""
     phase, owed = numbers.phase.min(), numbers.owed.max()
     due = (phase == AIM) & ((owed < 0) | (owed >= sizes.price))
-    return namespace(phase).where(due, PRECONDITION, phase)
+    return phase - due.astype(phase.dtype) * (AIM - PRECONDITION)

@@ -5,11 +5,13 @@ scale of every column in it, so what it preconditions does not depend on the sca
 carry most of its sum: those that the model is not sure of.
 """
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxsoftmax._runtime import Array
 from jaxsoftmax.regression._plan import Plan
@@ -31,6 +33,7 @@ def inverse_blocks(
     mean: Array,
     ridge: Float[Array, "1 problems columns"],
     least: Float[Array, "1 problems"],
+    first: Bool[Array, ""],
     count: int,
     plan: Plan,
 ) -> Float[Array, "groups problems columns columns"]:
@@ -44,38 +47,48 @@ def inverse_blocks(
       mean: what `covariance` gives.
       ridge: what is added to the diagonals.
       least: the smallest ridge of a feature.
+      first: whether all weights count as equal, so that the classes share a factor. At the start
+        there is little to tell them apart, and making a factor for each is what a fit of few steps
+        spends most of its time on.
       count: how many examples, those of largest weight, are used for each block.
       plan: how many are multiplied at a time.
     """
     assert isinstance(rows.design, Dense)
     columns = rows.design.columns
-    shape = weight.shape[:2]
-    weights = weight.reshape(-1, weight.shape[2])
-    ridges = jnp.broadcast_to(ridge, (*shape, ridge.shape[2])).reshape(len(weights), -1)
+    groups, problems, examples = weight.shape
+    totals = weight @ jnp.ones(examples, weight.dtype)
+    totals = jnp.where(first, jnp.mean(totals, 0, keepdims=True), totals)
+    # What underflowed to 0 has little, but not nothing, or conjugate gradients are blind there.
+    floor = jnp.finfo(totals.dtype).eps * (totals + least) + _TINY
+    ridges = (ridge + floor[:, :, None]).reshape(groups * problems, -1)
+    weights, totals = weight.reshape(-1, examples), totals.reshape(-1)
 
-    smallest = jnp.broadcast_to(least, shape).reshape(-1)
+    def of_examples(i: Array) -> Array:
+        own = lax.dynamic_index_in_dim(weights, i, 0, keepdims=False)
+        if count == examples:
+            return _sum_of_squares(columns, None, own, plan)
+        chosen, index = lax.top_k(own, count)
+        left = jnp.maximum(totals[i] - chosen @ jnp.ones_like(chosen), 0)
+        return _sum_of_squares(columns, index, chosen, plan) + left * mean
 
-    def block(weight: Array) -> tuple[Array, Array]:
-        total = _sum(weight)
-        chosen, index = lax.top_k(weight, count)
-        left = jnp.maximum(total - _sum(chosen), 0)
-        return _sum_of_squares(columns, index, chosen, plan) + left * mean, total
+    def block(i: Array, _: Array) -> Array:
+        return lax.cond(first, lambda i: totals[i] * mean, of_examples, i)
 
-    def inverse(group: tuple[Array, Array, Array, Array]) -> Array:
-        block, total, ridge, least = group
-        # What underflowed to 0 has little, but not nothing, or conjugate gradients are blind there.
-        floor = jnp.finfo(total.dtype).eps * (total + least) + _TINY
-        return _invert(block, ridge + floor)
+    def inverse(i: Array, block: Array) -> Array:
+        return _invert(block, lax.dynamic_index_in_dim(ridges, i, 0, keepdims=False))
+
+    def replace(step: Callable[[Array, Array], Array], i: Array, blocks: Array) -> Array:
+        one = lax.dynamic_index_in_dim(blocks, i, 0, keepdims=False)
+        return lax.dynamic_update_index_in_dim(blocks, step(i, one), i, 0)
 
     # One loop after the other: the threads of LAPACK and those of XLA:CPU wait busily and hinder
     # each other, so that in one loop they took half as long again.
-    blocks, totals = lax.map(block, weights)
-    inverses = lax.map(inverse, (blocks, totals, ridges, smallest))
-    return inverses.reshape(*shape, *mean.shape)
-
-
-def _sum(weight: Array) -> Array:
-    return weight @ jnp.ones_like(weight)
+    number = jnp.where(first, problems, groups * problems)
+    blocks = jnp.zeros((groups * problems, *mean.shape), mean.dtype)
+    for step in (block, inverse):
+        blocks = lax.fori_loop(0, number, partial(replace, step), blocks)
+    inverses = blocks.reshape(groups, problems, *mean.shape)
+    return jnp.where(first, inverses[:1], inverses)
 
 
 def inverse_diagonals(

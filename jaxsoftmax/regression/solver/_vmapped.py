@@ -36,9 +36,14 @@ from jaxsoftmax.regression.solver._newton import Limits
 
 
 def minimise(
-    arguments: Arguments, *, num_classes: int, fit_bias: bool, plan: Plan = DEFAULT
+    arguments: Arguments,
+    *,
+    num_classes: int,
+    fit_bias: bool,
+    penalised: bool = False,
+    plan: Plan = DEFAULT,
 ) -> Fit:
-    """Fit a problem by Newton's method."""
+    """Fit a problem by Newton's method; `penalised` says that l2 is known to be above 0."""
     leaves, tree = jax.tree.flatten(arguments)
     fit = newton_p.bind(
         *leaves,
@@ -47,9 +52,15 @@ def minimise(
         path=False,
         num_classes=num_classes,
         fit_bias=fit_bias,
+        penalised=penalised,
         plan=plan,
     )
     return jax.tree.unflatten(_FIT, fit)
+
+
+def is_penalised(l2: Any) -> bool:
+    """Whether every penalty is known to be above 0."""
+    return not isinstance(l2, jax.core.Tracer) and bool((np.asarray(l2) > 0).all())
 
 
 newton_p = Primitive("softmax_regression")
@@ -66,6 +77,7 @@ def _solve(
     path: bool,
     num_classes: int,
     fit_bias: bool,
+    penalised: bool,
     plan: Plan,
 ) -> list[Array]:
     """The fits by one of the drivers, in groups of problems side by side.
@@ -78,11 +90,13 @@ def _solve(
       path: whether l2 has a last axis of penalties.
       num_classes: number of classes.
       fit_bias: whether there is a bias.
+      penalised: whether every penalty is known to be above 0.
       plan: thresholds of size.
     """
     count = next((len(v) for v, is_own in zip(leaves, side, strict=True) if is_own), 1)
     own: Arguments = jax.tree.unflatten(tree, side)
-    features = jax.tree.unflatten(tree, leaves).features
+    whole: Arguments = jax.tree.unflatten(tree, leaves)
+    features = whole.features
     dtype = compute_dtype(features.dtype)
     examples, width = features.shape
     columns = min(examples, width)
@@ -102,6 +116,8 @@ def _solve(
         fit_bias=fit_bias,
         problems=size,
         side=own,
+        uniform=own.init is None and own.offset is None,
+        penalised=penalised or is_penalised(whole.l2),
         narrow=on_host and jnp.finfo(dtype).bits > 32 and examples * width >= plan.narrow,
         sizes=sizes,
         plan=plan,
