@@ -40,7 +40,7 @@ def known(value: ArrayLike) -> NDArray[Any] | None:
 
 
 def _described(value: Any) -> str:
-    """What came, for a message: of an array its shape and dtype."""
+    """A value in words for a message: of an array its shape and dtype."""
     if isinstance(value, (Array, np.ndarray)) and value.ndim:
         return f"an array of shape {value.shape} and dtype {value.dtype}"
     return reprlib.repr(value)  # the beginning of a long one
@@ -265,7 +265,7 @@ def weights_and_offset(
 
 
 def parameters(weights: ArrayLike, bias: ArrayLike, prefix: str = "") -> tuple[Array, Array]:
-    """Weights of rank 2 and the bias that fits them; `prefix` stands before their names."""
+    """Weights of rank 2 and the bias that fits them; `prefix` goes before their names."""
     w, b = real_array(prefix + "weights", weights), real_array(prefix + "bias", bias)
     if w.ndim != 2:
         raise ValueError(

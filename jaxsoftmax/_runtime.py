@@ -1,4 +1,4 @@
-"""How a program over arrays is run: its precision, and its arrays sharded or not."""
+"""The run-time setting of programs: precision, sharding, arrays of JAX or of NumPy."""
 
 from collections.abc import Callable
 from functools import partial, wraps

@@ -17,7 +17,7 @@ from jaxsoftmax.regression._rows import Dense, Examples
 from jaxsoftmax.regression.solver import _drivers
 from jaxsoftmax.regression.solver._drivers import begin, result, run
 from jaxsoftmax.regression.solver._model import Frame, Setting, standard_coordinates
-from jaxsoftmax.regression.solver._newton import Limits
+from jaxsoftmax.regression.solver._state import Limits
 from tests.fits import CLASSES, EXAMPLES, L2, TOL, WIDTH, data, small_fit, status
 from tests.helpers import WIDE, X64, eps
 

@@ -1,5 +1,6 @@
 """Cross-validation."""
 
+from functools import partial
 from typing import Any
 
 import hypothesis
@@ -14,7 +15,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold
 
 from jaxsoftmax import CrossValidation, Status, cross_validate, l2_grid, stratified_folds
-from jaxsoftmax.regression._validation import _chosen
+from jaxsoftmax.regression._folds import choose
 from tests.fits import CLASSES, EXAMPLES, data
 from tests.helpers import WIDE
 from tests.test_paths import DOUBLE, L2S, TOL, entry, same, small_fit
@@ -164,18 +165,23 @@ def test_the_default_penalties_are_those_of_the_grid() -> None:
 
 
 @pytest.mark.single
-def test_the_one_standard_error_rule() -> None:
-    losses = jnp.array([[0.5, 0.30, 0.20, 0.4], [0.5, 0.32, 0.40, 0.4]])  # means .5 .31 .30 .4
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_the_one_standard_error_rule(xp: Any) -> None:
+    chosen = partial(choose, eps=1e-7)
+    losses = xp.array([[0.5, 0.30, 0.20, 0.4], [0.5, 0.32, 0.40, 0.4]])  # means .5 .31 .30 .4
+    falling = xp.array([4.0, 3.0, 2.0, 1.0])
     # The error of the best is 0.1, so that 0.31 and 0.4 (up to rounding above) are within it.
-    best, simplest = _chosen(losses, jnp.array([4.0, 3.0, 2.0, 1.0]))
-    assert (int(best), int(simplest)) == (2, 1)
-    best, simplest = _chosen(losses[:, ::-1], jnp.array([1.0, 2.0, 3.0, 4.0]))
-    assert (int(best), int(simplest)) == (1, 2)
-    assert _chosen(losses[:1], jnp.array([4.0, 3.0, 2.0, 1.0]))[1] == 2  # one fold has no error
+    assert chosen(losses, falling) == (2, 1)
+    assert chosen(losses[:, ::-1], falling[::-1]) == (1, 2)
+    assert chosen(losses[:1], falling)[1] == 2  # one fold has no error
     # Nor does a fold count that holds out nothing but classes that it has not seen.
-    unseen = jnp.concatenate([losses, jnp.full((1, 4), jnp.inf)])
-    best, simplest = _chosen(unseen, jnp.array([4.0, 3.0, 2.0, 1.0]))
-    assert (int(best), int(simplest)) == (2, 1)
+    unseen = xp.concatenate([losses, xp.full((1, 4), float("inf"))])
+    assert chosen(unseen, falling) == (2, 1)
+    # Of equal means the strongest penalty, whatever their order.
+    equal = xp.array([[0.3, 0.2, 0.2, 0.2]])
+    assert chosen(equal, falling)[0] == 1
+    assert chosen(equal, falling[::-1])[0] == 3
+    assert chosen(xp.full((2, 4), float("inf")), falling) == (0, 0)
 
 
 @pytest.mark.single

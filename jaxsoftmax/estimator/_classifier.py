@@ -1,10 +1,10 @@
-"""What the scikit-learn classifiers share: checks of their data, predictions, saving, warnings."""
+"""The common base of the scikit-learn classifiers: checks, predictions, saving, warnings."""
 
 import json
 from collections.abc import Callable
 from functools import partial
 from os import PathLike
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from jaxsoftmax._runtime import precise
 from jaxsoftmax.estimator import _persistence
+from jaxsoftmax.estimator._advice import advice
 from jaxsoftmax.estimator._conversions import (
+    Examples,
     Numbers,
     check_present,
     double,
@@ -29,32 +31,8 @@ from jaxsoftmax.estimator._conversions import (
 from jaxsoftmax.functional import log_softmax, softmax
 from jaxsoftmax.regression._params import Params, linear_logits
 from jaxsoftmax.regression._result import Fit, Status
-from jaxsoftmax.regression._separation import diverging_weights
 
 _Model = TypeVar("_Model", bound="SoftmaxClassifier")
-
-# Scales of columns above this, or that differ by more, are worth a word in a warning.
-_SCALE_RATIO = 1e3
-
-
-class Examples(NamedTuple):
-    """What a fit takes, checked.
-
-    Attributes:
-      X: features (examples, features).
-      y: their labels.
-      labels: these as indices into the classes.
-      weight: float64 weights, those of the classes included.
-      share: the weights relative to the largest, in the dtype of the features.
-      present: number of classes that have an example of positive weight.
-    """
-
-    X: Numbers
-    y: Numbers
-    labels: Numbers
-    weight: Numbers
-    share: Numbers
-    present: int
 
 
 class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
@@ -116,7 +94,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
     def save(self, path: str | PathLike[str]) -> None:
         """Write the fitted model to a safetensors file with a JSON header, without pickle.
 
-        It holds parameters and attributes, and not where `partial_fit` stands: after `load` that
+        It holds parameters and attributes, but not the state of `partial_fit`: after `load` that
         goes on from the coefficients with a fresh optimiser.
 
         Args:
@@ -247,7 +225,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
                 else f"infinity or a value too large for {X.dtype!r} (infinite)"
             )
             raise ValueError(
-                f"Input X contains {what}. It stands in {self._named(bad)}; impute the values or "
+                f"Input X contains {what}. It is in {self._named(bad)}; impute the values or "
                 "drop their rows first, for example by sklearn.impute.SimpleImputer in a Pipeline."
             )
 
@@ -307,48 +285,15 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         )
 
     def _advice(self, fit: Fit, C: float, examples: Examples) -> str:
-        """What may help a fit that has not converged."""
-        with np.errstate(all="ignore"):
-            X, labels, share = examples.X, examples.labels, examples.share
-            size = np.abs(X).max(0)
-            scales = size * (X / np.where(size > 0, size, 1)).std(0)  # lest the squares overflow
-            least, most = scales[scales > 0].min(initial=np.inf), scales.max()
-            ratio = most / least
-            right = (X @ fit.params.weights.T + fit.params.bias).argmax(1) == labels
-        words = [
-            f"The scales of the columns go from {least:.1e} to {most:.1e}, a ratio of {ratio:.1e}."
-        ]
-        if max(ratio, most) > _SCALE_RATIO:
-            words.append(
-                "Standardise the columns, for example by sklearn.preprocessing.StandardScaler."
-            )
-        if np.isinf(C) and np.isfinite(fit.objective):
-            with double(X.dtype):
-                moving = diverging_weights(
-                    Params(*fit.params),
-                    X,
-                    labels,
-                    sample_weight=share,
-                    fit_bias=bool(self.fit_intercept),
-                ).weights.any(0)
-            if moving.any():
-                words.append(
-                    f"The classes are separable along {self._named(np.asarray(moving))}, whose "
-                    "coefficients have no finite optimum without a penalty: choose a finite C."
-                )
-        elif right[share > 0].all():
-            words.append(
-                "All examples are classified right, so a smaller C may do: they are separable."
-            )
-        if fit.status == Status.MAX_ITER:
-            words.append(f"Raise max_iter, now {self.max_iter}.")
-        if fit.status == Status.STALLED:
-            words.append(
-                f"The precision of {X.dtype} allows no more: "
-                + ("pass float64 features or " if X.dtype == np.float32 else "")
-                + "raise tol."
-            )
-        return " ".join(words)
+        """Advice for a fit that has not converged."""
+        return advice(
+            fit,
+            C,
+            examples,
+            named=self._named,
+            fit_bias=bool(self.fit_intercept),
+            max_iter=self.max_iter,
+        )
 
 
 @partial(jax.jit, static_argnames="link")

@@ -1,6 +1,6 @@
 """Between what scikit-learn takes and gives, and what JAX computes."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +14,26 @@ Numbers = NDArray[Any]
 _PADDED = 2**22
 
 
+class Examples(NamedTuple):
+    """Checked data of a fit.
+
+    Attributes:
+      X: features (examples, features).
+      y: their labels.
+      labels: these as indices into the classes.
+      weight: float64 weights, those of the classes included.
+      share: the weights relative to the largest, in the dtype of the features.
+      present: number of classes that have an example of positive weight.
+    """
+
+    X: Numbers
+    y: Numbers
+    labels: Numbers
+    weight: Numbers
+    share: Numbers
+    present: int
+
+
 def double(dtype: Any) -> Any:
     """Context in which JAX computes in float64 if that is the dtype, whatever the user has set."""
     return jax.enable_x64(bool(dtype == np.float64))
@@ -24,7 +44,7 @@ def padded(features: Numbers, *others: Numbers) -> list[Numbers]:
 
     A program is compiled for each shape, which takes seconds where a small fit takes milliseconds:
     so the folds of a cross-validation share one. It is a multiple of 256, for many rows one of an
-    eighth to a sixteenth of them. Large features are left as they are, lest they be copied.
+    eighth to a sixteenth of them. Large features are not copied.
     """
     arrays = [features, *others]
     if features.size > _PADDED:
@@ -44,7 +64,7 @@ def penalty(C: Any, weight: Any, present: int) -> Any:
 
 
 def solver_tol(tol: float, dtype: Any) -> float:
-    """What the solver is asked for where `tol` is to be reached: its square, where that is less."""
+    """The tolerance of the solver for a `tol` of scikit-learn: its square, where that is less."""
     return max(min(tol, tol**2), float(np.finfo(dtype).tiny))
 
 
@@ -59,7 +79,7 @@ def scikit_learns(params: Params) -> Params:
 
 
 def float_dtypes(X: Any) -> list[Any]:
-    """What features may be computed in, and by default the first.
+    """The dtypes in which features may be computed, the default first.
 
     scikit-learn asks arrays and pandas for their dtype, but no other frames.
     """

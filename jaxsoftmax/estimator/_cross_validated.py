@@ -1,23 +1,21 @@
 """The scikit-learn classifier that chooses its penalty by cross-validation."""
 
-import reprlib
 import warnings
-from collections.abc import Callable
 from inspect import signature
 from numbers import Integral, Real
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import get_scorer, get_scorer_names, make_scorer
+from sklearn.metrics import get_scorer_names
 from sklearn.model_selection import check_cv
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from jaxsoftmax._progress import progress_bar
-from jaxsoftmax.estimator._classifier import Examples, SoftmaxClassifier
+from jaxsoftmax.estimator._classifier import SoftmaxClassifier
 from jaxsoftmax.estimator._conversions import (
+    Examples,
     Numbers,
     double,
     padded,
@@ -25,20 +23,20 @@ from jaxsoftmax.estimator._conversions import (
     scikit_learns,
     solver_tol,
 )
+from jaxsoftmax.estimator._grid import (
+    Grid,
+    averaged,
+    in_parts,
+    relative,
+    scorer_of,
+    split_masks,
+    strengths,
+)
 from jaxsoftmax.regression._fit import SOLVERS, check_arguments
+from jaxsoftmax.regression._folds import choose
 from jaxsoftmax.regression._params import Params
 from jaxsoftmax.regression._result import Fit, Status
 from jaxsoftmax.regression._validation import Scores, validate
-
-_TIE = 64  # units of rounding within which scores are equal
-_TICKS = 8  # of a progress bar, at most: each begins its part of the path anew
-
-
-class _Grid(NamedTuple):
-    """Fits with axes (folds + 1, Cs), the last those of all examples; scores (folds, Cs)."""
-
-    fits: Fit
-    scores: Scores
 
 
 class SoftmaxRegressionCV(SoftmaxClassifier):
@@ -63,7 +61,7 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
 
     Parameters:
       Cs: inverse strengths of the penalty, above 0, in any order; `numpy.inf` for none. A number
-        stands for as many from 1e-4 to 1e4, in equal steps of their logarithm.
+        means as many from 1e-4 to 1e4, in equal steps of their logarithm.
       cv: number of folds, a splitter of scikit-learn, or an iterable of indices (fitted, held out).
         They may leave examples out, and hold out some more than once. None for 5 folds with equal
         shares of the classes.
@@ -120,23 +118,9 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
         "solver": [StrOptions(set(SOLVERS))],
         "verbose": ["verbose"],
     }
-    _arrays = (
-        *SoftmaxClassifier._arrays,
-        "Cs_",
-        "scores_",
-        "coefs_paths_",
-        "n_iter_",
-        "gaps_",
-    )
-    _fitted = (
-        "classes_",
-        "C_",
-        "gap_",
-        "status_",
-        "statuses_",
-        "n_features_in_",
-        "feature_names_in_",
-    )
+    _arrays = (*SoftmaxClassifier._arrays, "Cs_", "scores_", "coefs_paths_", "n_iter_", "gaps_")
+    _fitted = ("classes_", "C_", "gap_", "status_", "statuses_", "n_features_in_")
+    _fitted += ("feature_names_in_",)
 
     def __init__(
         self,
@@ -190,7 +174,7 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
             them came, and what may help.
         """
         self._validate_params()
-        Cs = _strengths(self.Cs)
+        Cs = strengths(self.Cs)
         if self.one_standard_error and not self.refit:
             raise ValueError("one_standard_error needs refit=True: a fold has no standard error")
         examples = self._prepared(X, y, sample_weight)
@@ -198,11 +182,11 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
         splits = check_cv(self.cv, examples.y, classifier=True).split(
             examples.X, examples.y, groups
         )
-        masks = _masks(list(splits), counts, examples.weight)
+        masks = split_masks(list(splits), counts, examples.weight)
         fitted, held_out = np.vstack([masks == 0, np.ones(len(counts), bool)]), masks == 1
         l2s = penalty(Cs, (fitted @ examples.weight)[:, None], examples.present)
         grid = self._grid(
-            examples, _relative(fitted * examples.weight), _relative(held_out * counts), l2s
+            examples, relative(fitted * examples.weight), relative(held_out * counts), l2s
         )
         fits = self._settled(grid.fits)
         self.Cs_ = Cs
@@ -242,9 +226,9 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
           ValueError: the features do not fit those of `fit`, or the scorer refuses the labels.
         """
         weights = {} if sample_weight is None else {"sample_weight": sample_weight}
-        return self._scorer()(self, X, y, **weights)
+        return scorer_of(self._scoring, self.classes_)(self, X, y, **weights)
 
-    def _grid(self, examples: Examples, fitted: Numbers, held_out: Numbers, l2s: Numbers) -> _Grid:
+    def _grid(self, examples: Examples, fitted: Numbers, held_out: Numbers, l2s: Numbers) -> Grid:
         """Fits with the weights `fitted` (folds + 1, examples) under penalties (folds + 1, Cs), and
         their scores with the weights `held_out` (folds, examples)."""
         dtype = examples.X.dtype
@@ -268,14 +252,14 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
             of_fits, of_scores = (jnp.asarray(weight.T) for weight in weights)
             penalties = np.asarray(arguments.l2)
 
-            def run(penalties: Any) -> _Grid:
+            def run(penalties: Any) -> Grid:
                 result = validate(arguments, jnp.asarray(penalties), of_fits, of_scores, **static)
-                return _Grid(*jax.device_get(result))
+                return Grid(*jax.device_get(result))
 
-            return _in_parts(run, penalties) if self.verbose else run(penalties)
+            return in_parts(run, penalties) if self.verbose else run(penalties)
 
     def _compiled(self, scores: Scores) -> dict[str, Numbers]:
-        """Those of the compiled program by scikit-learn's names, the larger the better."""
+        """The compiled program's scores by scikit-learn's names, the larger the better."""
         log_loss, _, accuracy, brier = (np.asarray(value, np.float64) for value in scores)
         if len(self.classes_) == 2:
             brier = brier / 2  # as scikit-learn's
@@ -286,7 +270,7 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
     ) -> Numbers:
         """The scores (folds, Cs) that `scoring` gives every model for what it has not seen; NaN for
         a fit that diverged."""
-        scorer = self._scorer()
+        scorer = scorer_of(self._scoring, self.classes_)
         takes = signature(getattr(scorer, "_score_func", scorer)).parameters
         scores = np.full((len(held_out), len(self.Cs_)), np.nan)
         for fold, index in np.argwhere(fits.status[:-1] != Status.DIVERGED):
@@ -313,23 +297,6 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
     def _scoring(self) -> Any:
         return "accuracy" if self.scoring is None else self.scoring
 
-    def _scorer(self) -> Any:
-        """`scoring`, told of all classes where it asks, since a fold may lack some."""
-        scorer = get_scorer(self._scoring)
-        function = getattr(scorer, "_score_func", None)
-        takes = signature(function).parameters if function else {}
-        if "labels" not in takes:
-            return scorer
-        known = {"labels": self.classes_}
-        if "pos_label" in takes and len(self.classes_) == 2:
-            known["pos_label"] = self.classes_[1]
-        return make_scorer(
-            function,
-            greater_is_better=scorer._sign > 0,
-            response_method=scorer._response_method,
-            **known | scorer._kwargs,
-        )
-
     def _set_grid(self, fits: Fit) -> None:
         """The attributes that tell of all fits."""
         weights, bias = scikit_learns(Params(*(value[:-1] for value in fits.params)))
@@ -351,28 +318,17 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
             self.C_ = float(self.Cs_[best].mean())
             fold = int(self.gaps_[folds, best].argmax())
             index = best[fold]
-            params = _averaged(Params(*(value[folds, best] for value in fits.params)))
+            params = averaged(Params(*(value[folds, best] for value in fits.params)))
         self._set_model(params)
         self.gap_, self.status_ = float(self.gaps_[fold, index]), str(self.statuses_[fold, index])
 
     def _chosen(self, scores: Numbers) -> int:
-        """Index of the strongest penalty whose mean score is the best, or near it if asked. A fold
-        does not count whose scores are all -inf."""
-        some = ~np.isneginf(scores).all(1)
-        scores = scores[some] if some.any() else scores
-        mean = scores.mean(0)
-        mean[np.isnan(mean)] = -np.inf
-        best = mean.argmax()
-        slack = 0.0
-        if np.isfinite(mean[best]):
-            slack = _TIE * float(np.finfo(self.coefs_paths_.dtype).eps) * abs(mean[best])
-            if self.one_standard_error and len(scores) > 1:
-                slack += scores[:, best].std(ddof=1) / np.sqrt(len(scores))
-        near = np.flatnonzero(mean >= mean[best] - slack)
-        return int(near[self.Cs_[near].argmin()])
+        """Index of the chosen penalty."""
+        eps = float(np.finfo(self.coefs_paths_.dtype).eps)
+        return int(choose(-scores, 1 / self.Cs_, eps)[int(self.one_standard_error)])
 
     def _complaint(self, fits: Fit, examples: Examples, masks: Numbers) -> str:
-        """Which fits have not converged, and what may help the worst of them."""
+        """A warning of fits that have not converged, with advice for the worst of them."""
         failed = fits.status != Status.CONVERGED
         fold, index = np.unravel_index(np.where(failed, fits.gap, -1).argmax(), failed.shape)
         worst = jax.tree.map(lambda value: value[fold, index], fits)
@@ -386,81 +342,3 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
             f"{failed.sum()} of the {failed.size} fits have not converged. The worst, of {where} "
             f"at C={C:g}: {self._summary(worst)}. {self._advice(worst, C, examples)}"
         )
-
-
-def _strengths(Cs: Any) -> Numbers:
-    """`Cs` as numbers."""
-    if isinstance(Cs, Integral):
-        return np.logspace(-4, 4, int(Cs))
-    values = np.asarray(Cs, np.float64)
-    if values.ndim != 1 or not values.size or not (values > 0).all():
-        raise ValueError(
-            f"Cs must be a number of values or a sequence of some above 0, got {reprlib.repr(Cs)}"
-        )
-    return values
-
-
-def _masks(splits: list[Any], counts: Numbers, weight: Numbers) -> Numbers:
-    """Splits as masks (folds, examples): 1 held out, 0 fitted, -1 neither.
-
-    `counts` are weights in scores, `weight` those in fits.
-    """
-    rows = np.arange(len(counts))
-    masks = np.full((len(splits), len(rows)), -1, np.int8)
-    for fold, (mask, (fitted, held_out)) in enumerate(zip(masks, splits, strict=True)):
-        mask[fitted], mask[held_out] = 0, 1
-        for chosen, value, of, verb in (
-            (fitted, 0, weight, "fit"),
-            (held_out, 1, counts, "hold out"),
-        ):
-            if (mask == value).sum() < len(rows[chosen]):
-                raise ValueError(
-                    f"Fold {fold} of cv must {verb} an example once, and not fit what it holds "
-                    "out; for more weight, use sample_weight."
-                )
-            if not of[mask == value].any():
-                raise ValueError(f"Fold {fold} of cv must {verb} an example of positive weight.")
-    return masks
-
-
-def _relative(weights: Numbers) -> Numbers:
-    """In units of the largest of each row, so that float32 holds them."""
-    return weights / weights.max(1, keepdims=True)
-
-
-def _in_parts(run: Callable[[Numbers], _Grid], l2s: Numbers) -> _Grid:
-    """`run` on parts of the path of one size, from strong to weak penalties, with a bar."""
-    order = np.argsort(-l2s[-1])
-    size = -(-len(order) // _TICKS)
-    whole = np.pad(order, (0, -len(order) % size), mode="edge")
-    parts = []
-    with progress_bar(len(whole) * len(l2s), "fit", "verbose", 0) as bar:
-        for some in np.split(whole, len(whole) // size):
-            parts.append(run(l2s[:, some]))
-            bar.update(some.size * len(l2s))
-    back = np.argsort(order)
-    grid: _Grid = jax.tree.map(lambda *values: np.concatenate(values, 1)[:, back], *parts)
-    return grid
-
-
-def _averaged(folds: Params) -> Params:
-    """The mean over folds, for each class over those that have seen it.
-
-    A vector that is added to all classes changes no probability. So that it does not matter where a
-    fold lacks a class, each is taken relative to the classes that all have seen.
-    """
-    seen = folds.bias > -np.inf
-    common = seen.all(0)
-
-    def mean(values: Any) -> Any:
-        of = seen.reshape(*seen.shape, *[1] * (values.ndim - 2))
-        if common.any():
-            values = values - values[:, common].mean(1, keepdims=True)
-        total = np.where(of, values, 0).sum(0) / np.maximum(of.sum(0), 1)
-        present = of.any(0)
-        centre = total.sum(0) / present.sum()
-        return np.where(present, total - centre, 0)
-
-    weights, bias = mean(folds.weights), mean(folds.bias)
-    bias[~seen.any(0)] = -np.inf
-    return Params(*(value.astype(folds.bias.dtype) for value in (weights, bias)))

@@ -1,6 +1,6 @@
 """Arrays and a JSON header in one safetensors file, which no one can make run code.
 
-The header stands in the file's metadata under one key, with a digest over it and all arrays:
+The header is in the file's metadata under one key, with a digest over it and all arrays:
 safetensors itself notices a truncated file, not a changed number.
 """
 
@@ -17,7 +17,7 @@ _VERSION = 1
 
 
 class Contents(NamedTuple):
-    """What a file holds: numeric arrays by name, and what JSON can express."""
+    """Contents of a file: numeric arrays by name, and values that JSON can express."""
 
     arrays: dict[str, NDArray[Any]]
     header: dict[str, Any]

@@ -27,7 +27,7 @@ _OPTIMIZER = optax.adagrad(0.2, initial_accumulator_value=0.0)
 
 
 class _OptimizerState(NamedTuple):
-    """Where `partial_fit` stands, in NumPy arrays, which pickle in any precision."""
+    """The state of `partial_fit` in NumPy arrays, which pickle in any precision."""
 
     opt_state: Any
     step: Any
@@ -205,8 +205,8 @@ class SoftmaxRegression(SoftmaxClassifier):
           The model after the step.
 
         Raises:
-          ValueError: as `fit`, but for one class alone; `classes` is missing in the first call, or
-            another than before; or `y` has a label that is not among them, which is named.
+          ValueError: as `fit`, except for a single class; `classes` is missing in the first call,
+            or another than before; or `y` has a label that is not among them, which is named.
           TypeError: `X` is sparse.
 
         Example:

@@ -52,7 +52,7 @@ class RowSpace(NamedTuple):
 
 
 class Coordinates(NamedTuple):
-    """How a table T gives weights and bias: W = T * inverse, b = t - W mean.
+    """Weights and bias of a table T: W = T * inverse, b = t - W mean.
 
     A column without deviation has `inverse` 0: with a bias it says nothing. `intercept` is 1, or 0
     without a bias.
@@ -97,7 +97,7 @@ class Coordinates(NamedTuple):
         return xp.moveaxis(table, 1, 0)
 
     def params(self, table: Array) -> Params:
-        """The inverse of `table`, but for columns without deviation."""
+        """The inverse of `table`, except for columns without deviation."""
         xp = namespace(table)
         weights, bias = (xp.moveaxis(part, 0, 1) for part in self.parameters(table))
         if self.rows is not None:

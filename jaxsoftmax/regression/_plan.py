@@ -24,7 +24,9 @@ class Preconditioning(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is formed at once, what is kept, and which way pays; measured on two CPU cores.
+    """Thresholds of size: arrays formed at once or kept, and the faster of two ways.
+
+    They were measured on two CPU cores.
 
     Attributes:
       kept_logits: the most that are formed at once, if it is more than an eighth of the features.
@@ -56,7 +58,7 @@ class Plan:
     lane_bytes: int = 2**28
 
     def block(self, examples: int, width: int, classes: int) -> int:
-        """How many examples' logits are formed at a time."""
+        """The number of examples whose logits are formed at a time."""
         if examples * classes <= max(self.kept_logits, examples * width // 8):
             return examples
         return max(self.block_logits // classes, 1)
@@ -102,7 +104,7 @@ class Plan:
         return Preconditioning(groups, rows, price, memory, alike)
 
     def groups_of(self, count: int, alike: bool, examples: int, width: int, classes: int) -> int:
-        """How many of `count` problems are solved side by side: as memory and cache allow."""
+        """The number of problems, of `count`, that memory and cache allow side by side."""
         least = max(
             1 / self.lanes,
             classes * examples / self.lane_logits,

@@ -10,7 +10,7 @@ from jaxsoftmax.regression._params import Params
 
 
 class Status(enum.IntEnum):
-    """How a fit ended: `Status(int(fit.status)).name`."""
+    """The end of a fit: `Status(int(fit.status)).name`."""
 
     CONVERGED = 0  # the gap is at most tol
     STALLED = 1  # the precision of the dtype allows no more progress; the gap says how far it came

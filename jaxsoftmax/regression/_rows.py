@@ -65,7 +65,7 @@ def _contract(values: Array, columns: Array, axis: int) -> Array:
 
 @runtime_checkable
 class Rows(Protocol):
-    """What the solver needs of examples, wherever they are kept.
+    """The interface through which the solver sees examples, wherever they are kept.
 
     Attributes:
       shape: (examples, columns of a table).

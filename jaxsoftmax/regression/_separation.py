@@ -1,4 +1,4 @@
-"""Which parameters of an unpenalised fit have no finite optimum."""
+"""Parameters of an unpenalised fit without a finite optimum."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ def diverging_weights(
     offset: Shaped[ArrayLike, "examples classes"] | None = None,
     fit_bias: bool = True,
 ) -> Params:
-    r"""Which parameters of a fit without penalty have no finite optimum.
+    r"""Find the parameters of a fit without penalty that have no finite optimum.
 
     Where some columns separate classes, wholly or for a part of the examples, the loss falls for
     ever as their weights grow: like :math:`e^{-t}`, so that every Newton step is the same again,

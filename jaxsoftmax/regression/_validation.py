@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Shaped
@@ -18,6 +17,7 @@ from jaxsoftmax.functional._stable import compute_dtype
 from jaxsoftmax.losses import cross_entropy
 from jaxsoftmax.regression._data import Arguments, make_problem
 from jaxsoftmax.regression._fit import check_arguments
+from jaxsoftmax.regression._folds import choose, fold_masks
 from jaxsoftmax.regression._objective import as_they_came
 from jaxsoftmax.regression._params import Params
 from jaxsoftmax.regression._path import l2_grid, solve_path
@@ -37,9 +37,10 @@ class CrossValidation(NamedTuple):
       log_loss: mean cross-entropy of the held-out examples, in nats.
       accuracy: the fraction of them whose most probable class is theirs.
       brier: mean of the squared distance between their probabilities and their labels, 0 to 2.
-      best: index of the penalty with the least log-loss, averaged over the folds. Where a fold
-        holds out a class that it has not seen, that log-loss is infinite; here it is the mean of
-        the other examples, and a fold that has none does not count.
+      best: index of the penalty with the least log-loss, averaged over the folds; among equal ones
+        the largest penalty. Where a fold holds out a class that it has not seen, that log-loss is
+        infinite; here it is the mean of the other examples, and a fold that has none does not
+        count.
       one_standard_error: index of the largest penalty whose mean log-loss is within one standard
         error of that.
     """
@@ -144,108 +145,6 @@ def cross_validate(
     return _cross_validated(arguments, masks, **static)
 
 
-def stratified_folds(
-    labels: Shaped[ArrayLike, "examples *classes"],
-    num_folds: int,
-    *,
-    key: Array | None = None,
-) -> Int[Array, " examples"]:
-    """Folds of nearly equal size, overall and within each class.
-
-    Args:
-      labels: integer classes (examples,), or probabilities (examples, classes), of which the
-        largest counts.
-      num_folds: how many folds, at least 2.
-      key: a `jax.random.key` to shuffle the examples; without one, each fold holds out examples of
-        a class that follow each other.
-
-    Returns:
-      Integers (examples,) from 0 to `num_folds` - 1, the fold that holds out each example.
-
-    Raises:
-      TypeError: `labels` are no classes and no probabilities, or `num_folds` is no integer.
-      ValueError: `num_folds` is below 2, or `labels` have another rank.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsoftmax import stratified_folds
-      >>> print(stratified_folds(jnp.array([0, 0, 0, 0, 1, 1, 1, 1]), 2))
-      [0 0 1 1 0 0 1 1]
-    """
-    num_folds = _checks.integer("num_folds", num_folds, least=2)
-    classes = _checks.label_array(labels)
-    if classes.ndim not in (1, 2):
-        raise ValueError(
-            f"labels must have shape (examples,) or (examples, classes), got shape {classes.shape}"
-        )
-    if not _checks.class_labels(classes, classes.shape[:1], "(examples,)"):
-        classes = jnp.argmax(classes, 1)
-    count = len(classes)
-    known = _checks.known(classes) if key is None else None
-    xp: Any = jnp if known is None else np  # of which NumPy has nothing to compile
-    of: Any = classes if known is None else known
-    shuffled = xp.arange(count) if key is None else jax.random.permutation(key, count)
-    of = of[shuffled]
-    # Sorted by class, every num_folds-th example is of the same fold; within a class the same
-    # folds are then given out in order.
-    by_class = xp.argsort(of, stable=True)
-    turns = xp.arange(count, dtype=np.int32) % num_folds
-    ordered = turns[xp.lexsort((turns, of[by_class]))]
-    return jnp.asarray(ordered[xp.argsort(shuffled[by_class])])
-
-
-def fold_masks(
-    folds: int | ArrayLike, labels: Array, sample_weight: Array | None
-) -> Shaped[Array, "folds examples"]:
-    """1 for examples that a fold holds out, 0 for those that it fits, -1 for neither."""
-    examples = labels.shape[0]
-    rank = np.ndim(folds)
-    if rank == 0:
-        count = _checks.integer("folds", cast(int, folds), least=2)
-        return _members(stratified_folds(labels, count), count)
-    if rank == 1:
-        ids = _checks.known(folds)
-        if ids is None:
-            raise TypeError(
-                "folds as integers (examples,) must be known to the trace, since their number is a "
-                "shape; give masks (folds, examples)"
-            )
-        if not np.issubdtype(ids.dtype, np.integer):
-            raise TypeError(f"folds of rank 1 must be integers, got dtype {ids.dtype}")
-        _checks.has_shape("folds", jnp.asarray(ids), (examples,), "(examples,)")
-        if ids.min() < -1 or ids.max() < 1:
-            raise ValueError(
-                "folds must be -1 or a fold from 0 on, of which there are at least 2, "
-                f"got values from {ids.min()} to {ids.max()}"
-            )
-        masks = _members(jnp.asarray(ids), int(ids.max()) + 1)
-    else:
-        masks = _checks.array("folds", folds)
-        if masks.dtype == jnp.bool_:
-            masks = masks.astype(jnp.int8)
-        if masks.ndim != 2 or masks.shape[0] == 0 or masks.shape[1] != examples:
-            raise ValueError(
-                f"folds must have shape (folds, examples) = (folds, {examples}), "
-                f"got shape {masks.shape}"
-            )
-    if (values := _checks.known(masks)) is not None:
-        if not np.isin(values, (-1, 0, 1)).all():
-            raise ValueError("folds as masks must be 1 (held out), 0 (fitted) or -1 (neither)")
-        counts = _checks.known(jnp.ones(examples) if sample_weight is None else sample_weight)
-        for value, verb in ((1, "holds out"), (0, "fits")):
-            if counts is None or (some := ((values == value) & (counts > 0)).any(1)).all():
-                continue
-            raise ValueError(
-                f"every fold must hold out and fit examples of positive weight; fold "
-                f"{some.argmin()} {verb} none"
-            )
-    return masks
-
-
-def _members(ids: Array, count: int) -> Array:
-    return (ids == jnp.arange(count, dtype=ids.dtype)[:, None]).astype(jnp.int8)
-
-
 class Scores(NamedTuple):
     """Means over held-out examples; `known_log_loss` is that of those with a finite one, and
     infinite if there are none."""
@@ -295,7 +194,8 @@ def _fold_weights(arguments: Arguments, masks: Array) -> tuple[Array, Array, Arr
 
 @jax.jit
 def _chosen_and_packed(l2s: Array, fits: Fit, scores: Scores) -> CrossValidation:
-    best, one_standard_error = _chosen(scores.known_log_loss, l2s[0])
+    losses = scores.known_log_loss
+    best, one_standard_error = choose(losses, l2s[0], float(jnp.finfo(losses.dtype).eps))
     return CrossValidation(
         l2s=l2s[0],
         path=jax.tree.map(lambda values: values[-1], fits),
@@ -353,15 +253,3 @@ def _score_sums(rows: Examples, table: Array) -> tuple[Scores, Array]:
         lambda v: jnp.sum(jnp.where(rows.share == 0, 0, rows.share * v), (0, 2)),
         (scores, known.astype(p.dtype)),
     )
-
-
-def _chosen(losses: Float[Array, "folds penalties"], l2s: Array) -> tuple[Array, Array]:
-    """The penalty of the least mean, and the largest one within one standard error of it; not one
-    whose fits diverged. A fold whose losses are all infinite does not count."""
-    counts = jnp.any(losses != jnp.inf, 1, keepdims=True)
-    count = jnp.maximum(jnp.sum(counts), 1).astype(losses.dtype)
-    mean = jnp.sum(jnp.where(counts, losses, 0), 0) / count
-    variance = jnp.sum(jnp.where(counts, (losses - mean) ** 2, 0), 0) / jnp.maximum(count - 1, 1)
-    best = jnp.argmin(jnp.where(jnp.isnan(mean), jnp.inf, mean))
-    within = mean <= mean[best] + jnp.sqrt(variance[best] / count)
-    return best, jnp.argmax(jnp.where(within, l2s, -1))

@@ -1,1 +1,7 @@
-"""The solvers of softmax regression."""
+"""The solvers of softmax regression.
+
+`_newton` has Newton's method in phases over the state of `_state`, whose passes over the examples
+are in `_kernels`; `_drivers` runs the phases in a Python loop or a compiled one, and `_vmapped`
+chooses between them. `_certificate`, `_cg` and `_preconditioner` are the mathematics of a phase,
+`_model` sets up problems, `_implicit` differentiates an optimum, `_lbfgs` is the reference.
+"""

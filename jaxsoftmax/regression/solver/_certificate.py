@@ -1,4 +1,4 @@
-r"""How far a point is from the minimum of the objective: a duality gap.
+r"""A bound on the distance from the minimum of the objective: a duality gap.
 
 Any distributions q_i over the classes with residuals :math:`q_i - y_i` whose sums
 :math:`G = \sum_i c_i (q_i - y_i) x_i^T` are 0 for every column without a penalty are feasible in
@@ -47,7 +47,7 @@ def duality_gap(
     Where the weights are penalised, the step is one of the bias alone, and the surplus what it
     leaves: so the classes' shares are those of the data, which the bias demands.
 
-    Where they are not, it is a Newton step. G is 0 but for what it left of the gradient, which
+    Where they are not, it is a Newton step. G is 0 except for what it left of the gradient, which
     counts times `DISTANCE`, the range of the offsets and twice the largest entry of the table: the
     bound holds if an optimum is no further off.
 
@@ -120,8 +120,10 @@ def _cholesky_solve(matrix: Array, right: Array) -> Array:
 
 
 def surplus_of(target: Array, residual: Array) -> tuple[Array, Array]:
-    """Which fraction of its mass each class gives up, and which part of all that each receives,
-    that the classes' shares (classes, problems, 1) fall by the residual to those of the data."""
+    """The fraction of its mass that each class gives up, and its part of what all receive.
+
+    They bring the classes' shares (classes, problems, 1) down by the residual, to the target.
+    """
     xp = namespace(target, residual)
     given, taken = xp.maximum(residual, 0), xp.maximum(-residual, 0)
     total = taken.sum(0, keepdims=True)

@@ -18,6 +18,14 @@ from jaxsoftmax.regression._params import Params
 from jaxsoftmax.regression._result import Fit, Status
 from jaxsoftmax.regression.solver._model import Frame, Setting, make_frame, model_of
 from jaxsoftmax.regression.solver._newton import (
+    aim,
+    certify,
+    init,
+    next_phase,
+    precondition,
+    search,
+)
+from jaxsoftmax.regression.solver._state import (
     AIM,
     CERTIFY,
     DONE,
@@ -27,12 +35,6 @@ from jaxsoftmax.regression.solver._newton import (
     Model,
     Numbers,
     State,
-    aim,
-    certify,
-    init,
-    next_phase,
-    precondition,
-    search,
 )
 
 

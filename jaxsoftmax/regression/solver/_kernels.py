@@ -1,4 +1,4 @@
-"""What a phase of Newton's method computes of the examples, each a program of its own."""
+"""The passes over the examples in Newton's method, each a program of its own."""
 
 from collections.abc import Callable
 from functools import partial
@@ -38,7 +38,8 @@ def evaluate(
     """The objective at the end of a step, in place of the old point where it is within the bound.
 
     Returns:
-      The point; and the objective, the duality gap but for the bias, and whether it was accepted.
+      The point; and the objective, the weights' part of the duality gap, and whether it was
+      accepted.
     """
     table = old.table - _over(length) * direction
     value, new = _objective.evaluate(model.exact, model.penalty, table)

@@ -1,5 +1,6 @@
 """L-BFGS, the plain reference."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from jaxsoftmax.regression.solver._vmapped import minimise
 
 # Iterations without a new least objective or gradient norm after which a solver has stalled.
 _PATIENCE = 10
-RUNNING = -1  # what the status is before one of `Status`
+RUNNING = -1  # the status before one of `Status`
 
 
 class _Progress(NamedTuple):
@@ -30,6 +31,18 @@ class _Progress(NamedTuple):
     least_gradient_norm: Array
     idle: Array
     iterations: Array
+
+    def allowed(self, max_iter: Array) -> Array:
+        """Whether a further step is."""
+        return (self.iterations < max_iter) & (self.idle < _PATIENCE)
+
+
+class _Round(NamedTuple):
+    """Steps down to a gradient norm, with the certificate that followed them."""
+
+    progress: _Progress
+    threshold: Array
+    fit: Fit
 
 
 @partial(jax.jit, static_argnames=("num_classes", "fit_bias"))
@@ -51,13 +64,6 @@ def lbfgs(arguments: Arguments, *, num_classes: int, fit_bias: bool) -> Fit:
         arguments.offset,
         num_classes=num_classes,
     )
-    init = arguments.init
-    if init is None:
-        zeros = jnp.zeros((num_classes, arguments.features.shape[1]), dtype)
-        init = Params(zeros, jnp.zeros(num_classes, dtype))
-    # A class without examples has no finite bias.
-    finite = jnp.isfinite(init.bias) & fit_bias
-    init = init._replace(bias=jnp.where(finite, init.bias, 0))
 
     def value_fn(params: Params) -> Array:
         return objective(params, problem, l2, fit_bias=fit_bias)
@@ -68,43 +74,15 @@ def lbfgs(arguments: Arguments, *, num_classes: int, fit_bias: bool) -> Fit:
 
     optimizer = optax.lbfgs()
 
-    def step(at: _Progress) -> _Progress:
-        # optax mixes integer dtypes, which strict promotion, if a user has set it, refuses.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(
-                at.gradient,
-                at.opt_state,
-                at.params,
-                value=at.objective,
-                grad=at.gradient,
-                value_fn=value_fn,
-            )
-        objective, gradient = (optax.tree.get(opt_state, name) for name in ("value", "grad"))
-        gradient_norm = optax.tree.norm(gradient)
-        progress = (objective < at.least_objective) | (gradient_norm < at.least_gradient_norm)
-        return _Progress(
-            params=optax.apply_updates(at.params, updates),
-            objective=objective,
-            gradient=gradient,
-            opt_state=opt_state,
-            least_objective=jnp.minimum(objective, at.least_objective),
-            least_gradient_norm=jnp.minimum(gradient_norm, at.least_gradient_norm),
-            idle=jnp.where(progress, 0, at.idle + 1),
-            iterations=at.iterations + 1,
-        )
-
-    def advance(carry: tuple[_Progress, Array, Fit]) -> tuple[_Progress, Array, Fit]:
-        before, threshold, _ = carry
-
+    def advance(before: _Round) -> _Round:
         def proceed(at: _Progress) -> Array:
-            gradient_norm = optax.tree.norm(at.gradient)
-            allowed = (at.iterations < max_iter) & (at.idle < _PATIENCE)
-            return allowed & (gradient_norm > threshold) & jnp.isfinite(at.objective)
+            steep = optax.tree.norm(at.gradient) > before.threshold
+            return at.allowed(max_iter) & steep & jnp.isfinite(at.objective)
 
-        at = lax.while_loop(proceed, step, before)
-        # After the first round, one without a step can never be followed by one with a step.
-        stuck = (at.iterations == before.iterations) & ~jnp.isposinf(threshold)
+        at = lax.while_loop(proceed, partial(_step, optimizer, value_fn), before.progress)
         found = certify(at.params)
+        # After the first round, one without a step can never be followed by one with a step.
+        stuck = (at.iterations == before.progress.iterations) & ~jnp.isposinf(before.threshold)
         status = jnp.select(
             [
                 found.status != Status.MAX_ITER,
@@ -116,18 +94,34 @@ def lbfgs(arguments: Arguments, *, num_classes: int, fit_bias: bool) -> Fit:
         )
         bias = jnp.where(jnp.isneginf(found.params.bias), 0, found.params.bias)
         params = found.params._replace(bias=bias)
-        at = at._replace(
-            params=params, objective=found.objective, gradient=jax.grad(value_fn)(params)
-        )
+        gradient = jax.grad(value_fn)(params)
         # Near the optimum the gap falls with the square of the gradient norm.
         factor = jnp.clip(jnp.sqrt(tol / found.gap), 1e-3, 0.5)
-        threshold = factor * jnp.minimum(found.gradient_norm, threshold)
-        return at, threshold, found._replace(iterations=at.iterations, status=status)
+        return _Round(
+            progress=at._replace(params=params, objective=found.objective, gradient=gradient),
+            threshold=factor * jnp.minimum(found.gradient_norm, before.threshold),
+            fit=found._replace(iterations=at.iterations, status=status),
+        )
 
-    # The first round takes no step, for its threshold is infinite, and certifies `init`.
+    # The first round takes no step, for its threshold is infinite, and certifies the start.
+    start = _start(arguments, optimizer, dtype, num_classes=num_classes, fit_bias=fit_bias)
+    return lax.while_loop(lambda at: at.fit.status == RUNNING, advance, start).fit
+
+
+def _start(
+    arguments: Arguments, optimizer: Any, dtype: Any, *, num_classes: int, fit_bias: bool
+) -> _Round:
+    """The round before the first."""
+    init = arguments.init
+    if init is None:
+        zeros = jnp.zeros((num_classes, arguments.features.shape[1]), dtype)
+        init = Params(zeros, jnp.zeros(num_classes, dtype))
+    # A class without examples has no finite bias.
+    finite = jnp.isfinite(init.bias) & fit_bias
+    init = init._replace(bias=jnp.where(finite, init.bias, 0))
     infinite = jnp.full_like(init.bias, jnp.inf, shape=())
     zero = jnp.zeros((), jnp.int32)
-    start = _Progress(
+    progress = _Progress(
         params=init,
         objective=infinite,
         gradient=init,
@@ -138,5 +132,31 @@ def lbfgs(arguments: Arguments, *, num_classes: int, fit_bias: bool) -> Fit:
         iterations=zero,
     )
     nothing = Fit(init, infinite, infinite, infinite, zero, zero + RUNNING)
-    running = (start, infinite, nothing)
-    return lax.while_loop(lambda carry: carry[2].status == RUNNING, advance, running)[2]
+    return _Round(progress, infinite, nothing)
+
+
+def _step(optimizer: Any, value_fn: Callable[[Params], Array], at: _Progress) -> _Progress:
+    """One step of the optimizer."""
+    # optax mixes integer dtypes, which strict promotion, if a user has set it, refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(
+            at.gradient,
+            at.opt_state,
+            at.params,
+            value=at.objective,
+            grad=at.gradient,
+            value_fn=value_fn,
+        )
+    objective, gradient = (optax.tree.get(opt_state, name) for name in ("value", "grad"))
+    gradient_norm = optax.tree.norm(gradient)
+    progress = (objective < at.least_objective) | (gradient_norm < at.least_gradient_norm)
+    return _Progress(
+        params=optax.apply_updates(at.params, updates),
+        objective=objective,
+        gradient=gradient,
+        opt_state=opt_state,
+        least_objective=jnp.minimum(objective, at.least_objective),
+        least_gradient_norm=jnp.minimum(gradient_norm, at.least_gradient_norm),
+        idle=jnp.where(progress, 0, at.idle + 1),
+        iterations=at.iterations + 1,
+    )

@@ -16,13 +16,13 @@ from jaxsoftmax.regression._penalty import Ridge
 from jaxsoftmax.regression._plan import Plan, Preconditioning
 from jaxsoftmax.regression._rows import Dense, Examples, Raw
 from jaxsoftmax.regression.solver import _preconditioner
-from jaxsoftmax.regression.solver._newton import Model
+from jaxsoftmax.regression.solver._state import Model
 
 NARROW = jnp.float32
 
 
 class Setting(NamedTuple):
-    """What is static of fits side by side.
+    """The static arguments of fits side by side.
 
     Attributes:
       num_classes: number of classes.
@@ -49,7 +49,7 @@ class Setting(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """What is computed of the examples once: a `Model` but for what the penalty adds."""
+    """The part of a `Model` that is the same under every penalty."""
 
     exact: Examples
     narrow: Examples | None
@@ -192,6 +192,6 @@ def _weighted_sum(features: Array, share: Array, f: Any, plan: Plan) -> Array:
 
 
 def _varies(features: Array, share: Array, *, fit_bias: bool) -> Array:
-    """Which columns differ between examples that count; without a bias, from 0."""
+    """Whether a column differs between examples that count; without a bias, from 0."""
     one = _typical(features, share) if fit_bias else jnp.zeros_like(features[0])
     return jnp.any((features != one[None]) & (share > 0)[:, None], 0)

@@ -20,23 +20,31 @@ Reference:
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsoftmax._runtime import Array, namespace, read
-from jaxsoftmax.regression._coordinates import Coordinates
 from jaxsoftmax.regression._objective import Point
-from jaxsoftmax.regression._penalty import Ridge, inner
+from jaxsoftmax.regression._penalty import inner
 from jaxsoftmax.regression._plan import Plan, Preconditioning
 from jaxsoftmax.regression._result import Status
-from jaxsoftmax.regression._rows import Rows
 from jaxsoftmax.regression.solver import _kernels
 from jaxsoftmax.regression.solver._certificate import DISTANCE, bias_step, surplus_of
-from jaxsoftmax.regression.solver._cg import Memory, Stop
-
-SEARCH, CERTIFY, PRECONDITION, AIM, DONE = range(5)
+from jaxsoftmax.regression.solver._cg import Stop
+from jaxsoftmax.regression.solver._state import (
+    AIM,
+    CERTIFY,
+    DONE,
+    IDLE,
+    PRECONDITION,
+    SEARCH,
+    Limits,
+    Model,
+    Numbers,
+    State,
+)
 
 _ARMIJO = 1e-4
 _FORCING = 0.3  # the accuracy of a Newton step, far from the optimum
@@ -45,123 +53,10 @@ _LEAST = 10  # steps of conjugate gradients that a preconditioner is kept for, t
 _MOST = 500
 _RADIUS = 30.0  # of a step that was too long, in standard coordinates
 _BELIEF = 100.0  # a decrement relative to the objective
-_IDLE = 2  # steps without progress after which a fit has stalled
-
-
-class Model(NamedTuple):
-    """Problems side by side in standard coordinates.
-
-    Attributes:
-      exact: the examples in the dtype of the problems, for objective, gradient and certificate.
-      narrow: the same in float32 for products with the Hessian, if they are not computed exactly.
-      coordinates: what a table means.
-      penalty: the penalty of each problem.
-      penalised: (problems,), whether it is above 0.
-      separable: (problems or 1,), the objective below which it proves that the classes of an
-        unpenalised problem are separable.
-      offset_range: (problems or 1,), the largest difference between offsets of one example.
-      free: (classes, problems or 1, columns), 1 for the entries of a table that can vary, else 0.
-      centre: the same divided by their number in each column.
-      covariance: of the columns, if the preconditioner has factors.
-    """
-
-    exact: Rows
-    narrow: Rows | None
-    coordinates: Coordinates
-    penalty: Ridge
-    penalised: Array
-    separable: Array
-    offset_range: Array
-    free: Array
-    centre: Array
-    covariance: Array | None
-
-    @property
-    def fast(self) -> Rows:
-        return self.exact if self.narrow is None else self.narrow
-
-    def project(self, table: Array) -> Array:
-        """The part of a table that can vary: with sum 0 over the present classes.
-
-        Adding one vector to all classes changes no probability.
-        """
-        mean = (table * read(self.centre)).sum(0, keepdims=True)
-        return (table - mean) * read(self.free)
-
-
-class Limits(NamedTuple):
-    """Bound on (objective - minimum) / objective, and the most accepted steps, of each problem."""
-
-    tol: Array
-    max_iter: Array
-
-
-class Numbers(NamedTuple):
-    """What is known of each problem besides its tables; every field has shape (problems,).
-
-    Attributes:
-      value: the objective.
-      weights_gap: the duality gap there, but for the bias.
-      gap: bound on objective - minimum, inf where none is known.
-      slope: how fast the objective falls along the direction.
-      length: the part of the direction that is tried.
-      drop: the slope of the last accepted step, relative to the objective.
-      idle: steps in a row without progress.
-      iterations: accepted steps, -1 before the start is evaluated.
-      products: products with the Hessian and evaluations.
-      owed: products since the preconditioner was made; -1 before the first, if it may be coarse.
-      phase: SEARCH, CERTIFY, AIM or DONE.
-      status: a `Status`, meaningful when DONE.
-    """
-
-    value: Array
-    weights_gap: Array
-    gap: Array
-    slope: Array
-    length: Array
-    drop: Array
-    idle: Array
-    iterations: Array
-    products: Array
-    owed: Array
-    phase: Array
-    status: Array
-
-    @staticmethod
-    def start(zero: Array, owed: int) -> "Numbers":
-        infinite = zero + float("inf")
-        known = dict.fromkeys(("value", "weights_gap", "gap", "drop"), infinite)
-        known |= {"iterations": zero - 1, "owed": zero + owed, "phase": zero + SEARCH}
-        return Numbers(**dict.fromkeys(Numbers._fields, zero) | known)
-
-    def ending(self, limits: Limits) -> Array:
-        """Whether the point is the last one."""
-        return (self.iterations >= limits.max_iter) | (self.idle >= _IDLE)
-
-    def where(self, counts: Array, other: "Numbers") -> "Numbers":
-        """These numbers of the problems that count, and others of the rest."""
-        if isinstance(counts, np.ndarray):
-            if counts.all():
-                return self
-            if not counts.any():
-                return other
-        xp = namespace(*self, *other, counts)
-        pairs = zip(self, other, strict=True)
-        return Numbers(*(xp.where(counts, a.astype(b.dtype), b) for a, b in pairs))
-
-
-class State(NamedTuple):
-    """The last accepted point, the direction from there, and what was learnt of the Hessian."""
-
-    point: Point
-    direction: Array
-    inverse: Array
-    memory: Memory
-    numbers: Numbers
 
 
 def init(model: Model, table: Array, sizes: Preconditioning, *, uniform: bool) -> State:
-    """Before anything is known but where to start, and whether probabilities are equal there."""
+    """The state before the start is evaluated; where `uniform`, probabilities are equal there."""
     xp = namespace(table)
     classes, problems, width = table.shape
     fast = model.fast.dtype
@@ -205,7 +100,7 @@ def search(model: Model, state: State, limits: Limits) -> State:
 def judge(
     model: Model, before: Numbers, value: Array, weights_gap: Array, limits: Limits
 ) -> Numbers:
-    """What is known after a step was accepted, and what comes next."""
+    """Update the numbers after an accepted step, and say which phase is next."""
     xp = namespace(value)
     started, moved = before.iterations >= 0, before.length > 0
     step = (started & moved).astype(value.dtype)
@@ -233,14 +128,14 @@ def judge(
 
 @cache
 def _rounding(dtype: Any) -> float:
-    """What counts as no change of an objective, relative to it."""
+    """The relative change of an objective that counts as rounding."""
     return float(4 * np.finfo(dtype).eps)
 
 
 def shorten(before: Numbers, size: Array) -> Numbers:
-    """A part of a step that was too long; 0 for one that moves nothing any more, after which the
-    point before it is the last. `size` is the largest
-    entry of the direction."""
+    """Try a shorter part of a step; 0 if it moves nothing any more, which ends the fit.
+
+    `size` is the largest entry of the direction."""
     xp = namespace(before.value)
     radius = _RADIUS * 2 ** (before.iterations / 5)  # the more steps it took, the further it may be
     too_long = before.length * size > 2 * radius
@@ -248,7 +143,7 @@ def shorten(before: Numbers, size: Array) -> Numbers:
     lost = ~(length * size > np.finfo(length.dtype).eps)
     return before._replace(
         length=xp.where(lost, 0, length),
-        idle=xp.where(lost, _IDLE, before.idle),
+        idle=xp.where(lost, IDLE, before.idle),
         products=before.products + 1,
     )
 

@@ -32,7 +32,7 @@ from jaxsoftmax.regression._plan import DEFAULT, Plan
 from jaxsoftmax.regression._result import Fit
 from jaxsoftmax.regression.solver._drivers import solve_on_host, solve_traced
 from jaxsoftmax.regression.solver._model import Setting
-from jaxsoftmax.regression.solver._newton import Limits
+from jaxsoftmax.regression.solver._state import Limits
 
 
 def minimise(
