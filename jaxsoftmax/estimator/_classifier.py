@@ -51,12 +51,10 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
     _arrays: tuple[str, ...] = ("coef_", "intercept_")
     _fitted: tuple[str, ...] = (
         "classes_",
-        "n_iter_",
         "gap_",
         "status_",
         "n_features_in_",
         "feature_names_in_",
-        "_weight_seen",
     )
 
     def decision_function(self, X: Any) -> Numbers:

@@ -119,8 +119,7 @@ class SoftmaxRegressionCV(SoftmaxClassifier):
         "verbose": ["verbose"],
     }
     _arrays = (*SoftmaxClassifier._arrays, "Cs_", "scores_", "coefs_paths_", "n_iter_", "gaps_")
-    _fitted = ("classes_", "C_", "gap_", "status_", "statuses_", "n_features_in_")
-    _fitted += ("feature_names_in_",)
+    _fitted = (*SoftmaxClassifier._fitted, "C_", "statuses_")
 
     def __init__(
         self,

@@ -103,6 +103,8 @@ class SoftmaxRegression(SoftmaxClassifier):
     _weight_seen: float = 0.0
     _optimizer_state: _OptimizerState | None = None
 
+    _fitted = (*SoftmaxClassifier._fitted, "n_iter_", "_weight_seen")
+
     def __init__(
         self,
         C: float = 1.0,
