@@ -170,4 +170,5 @@ def test_a_compiled_fit_has_few_kernels() -> None:
     program = jax.jit(partial(fit, num_classes=10, l2=1e-3)).lower(features, labels).compile()
     text = program.as_text()
     assert text is not None
-    assert kernels(text) <= 190
+    most = 165 if jax.__version_info__ < (0, 11) else 190  # newer ones fuse less
+    assert kernels(text) <= most

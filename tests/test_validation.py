@@ -81,7 +81,8 @@ def test_folds_may_be_a_number_ids_or_masks() -> None:
             small_cv(features, labels, folds=folds).log_loss, by_number[3]
         )
     traced = jax.jit(lambda folds: small_cv(features, labels, folds=folds).log_loss)(masks())
-    np.testing.assert_allclose(traced, by_number.log_loss, rtol=1e-5)
+    # The two drivers round differently, and a gap of TOL leaves logits off by its square root.
+    np.testing.assert_allclose(traced, by_number.log_loss, rtol=1e-4)
 
 
 @pytest.mark.single
