@@ -426,7 +426,7 @@ def test_the_bar_counts_the_fits(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     X, y = iris()
-    monkeypatch.setattr("jaxsoftmax.estimator._cross_validated._TICKS", 2)
+    monkeypatch.setattr("jaxsoftmax.estimator._grid._TICKS", 2)
     with_bar = small(Cs=CS[::-1], verbose=1).fit(X, y)
     output = capsys.readouterr()
     assert "16/16" in output.err  # two parts of two penalties

@@ -183,6 +183,7 @@ def test_the_one_standard_error_rule(xp: Any) -> None:
     assert chosen(equal, falling)[0] == 1
     assert chosen(equal, falling[::-1])[0] == 3
     assert chosen(xp.full((2, 4), float("inf")), falling) == (0, 0)
+    assert chosen(xp.array([[0.3, -float("inf"), 0.2, 0.2]] * 2), falling) == (1, 1)
 
 
 @pytest.mark.single

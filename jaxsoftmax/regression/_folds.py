@@ -117,7 +117,7 @@ def _members(ids: Array, count: int) -> Array:
 
 
 @np.errstate(invalid="ignore")  # of infinite losses
-def choose(losses: Array, strengths: Array, eps: float) -> tuple[Array, Array]:
+def choose(losses: Array, strengths: Array, eps: float) -> tuple[Any, Any]:
     """The penalty of the least mean loss, and the strongest one within a standard error of it.
 
     Among equal means the strongest penalty is chosen. A mean of NaN is the largest, and a fold
@@ -127,6 +127,9 @@ def choose(losses: Array, strengths: Array, eps: float) -> tuple[Array, Array]:
       losses: (folds, penalties).
       strengths: (penalties,), not negative.
       eps: of the dtype in which the losses were computed.
+
+    Returns:
+      The indices of both.
     """
     xp = namespace(losses, strengths)
     counts = (losses != float("inf")).any(1, keepdims=True)
@@ -136,10 +139,11 @@ def choose(losses: Array, strengths: Array, eps: float) -> tuple[Array, Array]:
     best = mean.argmin()
     variance = xp.where(counts[:, 0], (losses[:, best] - mean[best]) ** 2, 0).sum()
     error = xp.sqrt(variance / xp.maximum(count - 1, 1) / count)
-    equal = mean[best] + _TIE * eps * abs(mean[best])
-    error = xp.where(xp.isnan(error), 0, error)
+    finite = xp.isfinite(mean[best])
+    equal = mean[best] + xp.where(finite, _TIE * eps * abs(mean[best]), 0)
+    error = xp.where(finite, error, 0)
 
-    def strongest(most: Array) -> Array:
+    def strongest(most: Any) -> Any:
         return xp.where(mean <= most, strengths, -1).argmax()
 
     return strongest(equal), strongest(equal + error)
