@@ -226,7 +226,8 @@ def scalar(
 
 def known_scalar(name: str, value: ArrayLike, *, positive: bool = False) -> _runtime.Array:
     """`scalar`, but a number of Python stays known inside a trace, as an array of NumPy."""
-    if isinstance(value, float | int) and (0 < value < 1e30 or (value == 0 and not positive)):
+    largest = float(np.finfo(np.float32).max)  # the rest is for `scalar` to take or to refuse
+    if isinstance(value, float | int) and (0 < value <= largest or (value == 0 and not positive)):
         return np.asarray(value, jax.dtypes.canonicalize_dtype(float))
     return scalar(name, value, positive=positive)
 

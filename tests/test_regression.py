@@ -624,6 +624,7 @@ def test_a_fit_in_place_of_its_parameters_is_named() -> None:
         ({"num_classes": True}, TypeError, "num_classes must be an integer, got the bool True"),
         ({"l2": -1.0}, ValueError, "l2 must be at least 0, got -1.0"),
         ({"l2": np.nan}, ValueError, "l2 must be at least 0, got nan"),
+        ({"l2": 10**400}, TypeError, "l2 must be an array of numbers, got 1000"),
         ({"l2": np.ones(2)}, ValueError, r"l2 must be a scalar, got shape \(2,\); use jax.vmap"),
         ({"l2": "big"}, TypeError, "l2 must be an array of numbers, got 'big'"),
         ({"sample_weight": np.ones(5)}, ValueError, r"sample_weight must have shape \(examples,\)"),

@@ -24,6 +24,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from jaxsoftmax import _checks
 from jaxsoftmax._runtime import Array
 from jaxsoftmax.functional._stable import compute_dtype
 from jaxsoftmax.regression._data import Arguments
@@ -60,7 +61,8 @@ def minimise(
 
 def is_penalised(l2: Any) -> bool:
     """Whether every penalty is known to be above 0."""
-    return not isinstance(l2, jax.core.Tracer) and bool((np.asarray(l2) > 0).all())
+    values = _checks.known(l2)
+    return values is not None and bool((values > 0).all())
 
 
 newton_p = Primitive("softmax_regression")
@@ -96,32 +98,15 @@ def _solve(
     count = next((len(v) for v, is_own in zip(leaves, side, strict=True) if is_own), 1)
     own: Arguments = jax.tree.unflatten(tree, side)
     whole: Arguments = jax.tree.unflatten(tree, leaves)
-    features = whole.features
-    dtype = compute_dtype(features.dtype)
-    examples, width = features.shape
-    columns = min(examples, width)
-    alike = not (own.labels or own.offset)
-    size = plan.groups_of(count, alike, examples, columns, num_classes)
-    sizes = plan.preconditioning(
-        examples,
-        columns,
-        num_classes,
-        kept=plan.block(examples, columns, num_classes) >= examples,
-        problems=size,
-        alike=alike,
-    )
+    dtype = compute_dtype(whole.features.dtype)
     on_host = driver is solve_on_host
-    setting = Setting(
-        num_classes=num_classes,
-        fit_bias=fit_bias,
-        problems=size,
-        side=own,
-        uniform=own.init is None and own.offset is None,
-        penalised=penalised or is_penalised(whole.l2),
+    examples, width = whole.features.shape
+    setting = _setting(whole, own, count, num_classes=num_classes, fit_bias=fit_bias, plan=plan)
+    setting = setting._replace(
+        penalised=penalised or setting.penalised,
         narrow=on_host and jnp.finfo(dtype).bits > 32 and examples * width >= plan.narrow,
-        sizes=sizes,
-        plan=plan,
     )
+    size = setting.problems
     xp = np if on_host else jnp
 
     def solve(leaves: list[Array]) -> Fit:
@@ -143,6 +128,36 @@ def _solve(
     dropped = tuple(axis for axis, kept in enumerate((any(side), path)) if not kept)
     leaves_of_fits = [v.squeeze(dropped) for v in jax.tree.leaves(fits)]
     return jax.device_put(leaves_of_fits) if on_host else leaves_of_fits
+
+
+def _setting(
+    whole: Arguments, own: Arguments, count: int, *, num_classes: int, fit_bias: bool, plan: Plan
+) -> Setting:
+    """The setting of a group of `count` problems, without products in float32; `own` says which
+    arguments have a leading axis of problems."""
+    examples, width = whole.features.shape
+    columns = min(examples, width)
+    alike = not (own.labels or own.offset)
+    size = plan.groups_of(count, alike, examples, columns, num_classes)
+    sizes = plan.preconditioning(
+        examples,
+        columns,
+        num_classes,
+        kept=plan.block(examples, columns, num_classes) >= examples,
+        problems=size,
+        alike=alike,
+    )
+    return Setting(
+        num_classes=num_classes,
+        fit_bias=fit_bias,
+        problems=size,
+        side=own,
+        uniform=own.init is None and own.offset is None,
+        penalised=is_penalised(whole.l2),
+        narrow=False,
+        sizes=sizes,
+        plan=plan,
+    )
 
 
 def _one_by_one(solve: Any, leaves: list[Array], mapped: Any) -> Any:
