@@ -17,7 +17,7 @@ from jaxsoftmax.regression._rows import Dense, Examples
 from jaxsoftmax.regression.solver import _drivers
 from jaxsoftmax.regression.solver._drivers import begin, result, run
 from jaxsoftmax.regression.solver._model import Frame, Setting, standard_coordinates
-from jaxsoftmax.regression.solver._state import Limits
+from jaxsoftmax.regression.solver._state import Limits, State
 from tests.fits import CLASSES, EXAMPLES, L2, TOL, WIDTH, data, small_fit, status
 from tests.helpers import WIDE, X64, eps
 
@@ -129,11 +129,23 @@ def test_both_drivers_take_the_same_steps(name: str) -> None:
 @pytest.mark.single
 def test_vmap_outside_jit_is_driven_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = data()
-    traced = []
-    monkeypatch.setattr(_drivers, "solve_traced", lambda *arguments: traced.append(arguments))
+    advance, on_host = _drivers.advance, []
+
+    def recorded(phase: int, model: Any, state: State, *arguments: Any) -> State:
+        on_host.append(isinstance(state.numbers.value, np.ndarray))
+        return advance(phase, model, state, *arguments)
+
+    monkeypatch.setattr(_drivers, "advance", recorded)
     weights = jnp.ones((2, EXAMPLES), WIDE).at[0, :5].set(0)
-    jax.vmap(lambda weight: small_fit(features, labels, sample_weight=weight))(weights)
-    assert not traced
+
+    def fitted(weights: jax.Array) -> Fit:
+        return jax.vmap(lambda own: small_fit(features, labels, sample_weight=own))(weights)
+
+    fitted(weights)
+    assert set(on_host) == {True}
+    on_host.clear()
+    jax.jit(fitted)(weights)
+    assert set(on_host) == {False}
 
 
 @pytest.mark.single
