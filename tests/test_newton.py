@@ -27,7 +27,7 @@ from jaxsoftmax.regression._penalty import Ridge
 from jaxsoftmax.regression._plan import Plan
 from jaxsoftmax.regression._rows import Dense, Examples, Raw
 from jaxsoftmax.regression.solver import _preconditioner
-from jaxsoftmax.regression.solver._certificate import bias_step, surplus_of
+from jaxsoftmax.regression.solver._certificate import bias_step, moves_of
 from jaxsoftmax.regression.solver._cg import Stop, conjugate_gradient, informed
 from jaxsoftmax.regression.solver._implicit import solve_hessian
 from jaxsoftmax.regression.solver._model import standard_coordinates
@@ -211,15 +211,9 @@ def test_rows_that_a_factor_leaves_out_count_as_the_mean_row() -> None:
     ridge = jnp.append(jnp.full(WIDTH, L2, WIDE), 0)
     weight = jnp.where(jnp.arange(EXAMPLES) < 6, 1.0, 0.1).astype(WIDE)[None, None]
     mean = _preconditioner.covariance(rows, rows.share[0, 0], Plan())
+    least = jnp.full((1, 1), L2, WIDE)
     inverse = _preconditioner.inverse_blocks(
-        rows,
-        weight,
-        mean,
-        ridge[None, None],
-        jnp.zeros((1, 1), WIDE),
-        jnp.asarray(False),
-        6,
-        Plan(),
+        rows, weight, mean, ridge[None, None], least, jnp.asarray(False), 6, Plan()
     )[0, 0]
     x = rows.design.columns  # type: ignore[union-attr]
     block = x[:6].T @ x[:6] + 2.4 * (x.T * rows.share[0, 0]) @ x + jnp.diag(ridge)
@@ -236,7 +230,7 @@ def test_the_first_factor_is_that_of_equal_weights() -> None:
         rows, weight, mean, ridge[None, None], least, jnp.asarray(True), EXAMPLES, Plan()
     )
     x, share = rows.design.columns, rows.share[0, 0]  # type: ignore[union-attr]
-    block = weight.sum() / CLASSES * (x.T * share) @ x + jnp.diag(ridge)
+    block = (1 - 1 / CLASSES) / CLASSES * (x.T * share) @ x + jnp.diag(ridge)
     for k in range(CLASSES):
         np.testing.assert_allclose(inverse[k, 0] @ block, np.eye(WIDTH + 1), atol=1e-3)
 
@@ -345,12 +339,13 @@ def test_a_surplus_and_a_step_of_the_bias_give_the_shares_of_the_data() -> None:
     p, share = rng.dirichlet(np.ones(CLASSES), 50).T, rng.dirichlet(np.ones(50))
     target = np.array([0.2, 0.5, 0.3])[:, None, None]
     residual = (p @ share)[:, None, None] - target
-    fraction, receive = surplus_of(target, residual)
-    q = p * (1 - fraction[:, 0]) + receive[:, 0] * (fraction[:, 0].T @ p)
+    moves = moves_of(target, residual)[:, 0]
+    fraction = np.maximum(-moves, 0)
+    q = p * (1 - fraction) + np.maximum(moves, 0) * (fraction.T @ p)
     np.testing.assert_allclose(q.sum(0), 1)
     np.testing.assert_allclose(q @ share, target[:, 0, 0])
     products = ((share * p) @ p.T)[None]
-    step, left = bias_step(products, residual / 50, np.ones((CLASSES, 1, 1), bool))
+    step, left = bias_step(products, residual / 50, target)
     moved = p * (step[:, 0] - step[:, 0].T @ p)
     np.testing.assert_allclose(moved @ share, (residual / 50)[:, 0, 0], atol=1e-12)
     np.testing.assert_allclose(left, 0, atol=1e-12)

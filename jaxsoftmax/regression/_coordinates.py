@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.lax.linalg import ormqr
 from jaxtyping import Float, Shaped
 
@@ -82,8 +83,7 @@ class Coordinates(NamedTuple):
     def standardise(self, features: Shaped[Array, "examples features"]) -> Array:
         """The columns of a table, the last of which belongs to the bias."""
         columns = (features.astype(self.mean.dtype) - self.mean[None]) * self.inverse[None]
-        bias = jnp.full((len(columns), 1), 1, columns.dtype) * self.intercept
-        return jnp.concatenate([columns, bias], 1)
+        return lax.pad(columns, self.intercept, [(0, 0, 0), (0, 1, 0)])
 
     def table(self, params: Params) -> Array:
         """The table (classes, problems, columns) of `Params` with leading problems."""

@@ -79,10 +79,15 @@ def _loss_and_slope(rows: Examples, table: Array) -> tuple[Array, Array]:
 
 
 def _loss_slope_probabilities(rows: Examples, table: Array) -> tuple[Array, Array, Array]:
-    losses, residuals, p = losses_and_residuals(rows.logits(table), rows.labels)
-    # An example of share 0 is dropped, be its loss finite or not.
-    loss = mean(rows, jnp.where(rows.share == 0, 0, losses))
+    loss, residuals, p = mean_loss_and_residuals(rows, rows.logits(table))
     return loss, rows.transpose(rows.share * residuals), p
+
+
+def mean_loss_and_residuals(rows: Examples, z: Array) -> tuple[Array, Array, Array]:
+    """The mean loss (problems,) of logits z, and the residuals and probabilities of all examples."""
+    losses, residuals, p = losses_and_residuals(z, rows.labels)
+    # An example of share 0 is dropped, be its loss finite or not.
+    return mean(rows, jnp.where(rows.share == 0, 0, losses)), residuals, p
 
 
 def mean(rows: Examples, values: Array) -> Array:

@@ -28,10 +28,11 @@ class Ridge(NamedTuple):
         """
         xp = namespace(l2, inverse)
         root = xp.sqrt(l2)[:, None] * xp.where(inverse > 0, inverse, 1)[None]
-        root = xp.minimum(root, 1e15)
-        root = xp.concatenate([root, xp.zeros((len(root), 1), root.dtype)], 1)[None]
+        root = xp.minimum(root, 1e15)[None]
         scale = xp.where(root > 0, math.sqrt(0.5) / xp.where(root > 0, root, 1), 0)
-        return Ridge(root**2, scale.astype(root.dtype))
+        # Of the bias both are 0.
+        weight, scale = (xp.pad(v, [(0, 0), (0, 0), (0, 1)]) for v in (root**2, scale))
+        return Ridge(weight, scale.astype(root.dtype))
 
     def astype(self, dtype: DTypeLike) -> "Ridge":
         return Ridge(self.weight.astype(dtype), self.gap_scale.astype(dtype))

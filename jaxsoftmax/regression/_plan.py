@@ -48,7 +48,7 @@ class Plan:
     block_logits: int = 2**20
     block_features: int = 2**20
     narrow: int = 2**16
-    remembered: int = 2**17
+    remembered: int = 2**20
     factor_bytes: int = 2**26
     factor_entries: int = 2**19
     factor_panel: int = 256

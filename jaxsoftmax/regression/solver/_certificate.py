@@ -11,6 +11,8 @@ Reference:
   Boyd, Vandenberghe (2004), Convex Optimization, section 5.1.6.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -18,59 +20,61 @@ from jax import lax
 from jaxsoftmax._runtime import Array, namespace
 from jaxsoftmax.regression._objective import (
     Point,
-    losses_and_residuals,
     mean,
+    mean_loss_and_residuals,
     point_at,
     sum_over_classes,
 )
 from jaxsoftmax.regression._penalty import Ridge
 from jaxsoftmax.regression._rows import Examples, Rows
 
-DISTANCE = 100.0  # to an optimum without a penalty, in standard coordinates; see `duality_gap`
+DISTANCE = 100.0  # to an optimum without a penalty, in standard coordinates; see `distant`
 
 
-def duality_gap(
+def evaluate(
     rows: Rows,
     penalty: Ridge,
-    unpenalised: tuple[Array, Array, Array] | None,
-    point: Point,
-    value: Array,
+    table: Array,
     direction: Array,
-    surplus: tuple[Array, Array],
-) -> Array:
-    r"""A bound (problems,) on f(T) - min f.
+    moves: Array,
+    certifying: Array,
+) -> tuple[Array, Point, Array]:
+    r"""The objective at a table and its gradient, and for a certificate the mean divergence.
+
+    For the problems that are certifying, :math:`G + \lambda T` is in the place of the gradient.
 
     q is p along a step of the table, in first order,
     :math:`q_i = p_i + (\mathrm{diag}(p_i) - p_i p_i^T) \, dz_i`, after which as much mass is moved
     between the classes as a surplus says.
 
     Where the weights are penalised, the step is one of the bias alone, and the surplus what it
-    leaves: so the classes' shares are those of the data, which the bias demands.
-
-    Where they are not, it is a Newton step. G is 0 except for what it left of the gradient, which
-    counts times `DISTANCE`, the range of the offsets and twice the largest entry of the table: the
-    bound holds if an optimum is no further off.
+    leaves: so the classes' shares are those of the data, which the bias demands. Where they are
+    not, it is a Newton step; see `distant`.
 
     Args:
       rows: the examples in the dtype of the problem.
       penalty: that of each problem.
-      unpenalised: (problems,), whether the penalty is above 0, the largest difference between
-        offsets of one example, and 1 for the entries of a table that can vary; None if every
-        problem is penalised.
-      point: where the objective was evaluated.
-      value: (problems,), the objective there.
+      table: where the objective is evaluated.
       direction: (classes, problems, columns), the step, to be subtracted from the table.
-      surplus: what `surplus_of` gives.
+      moves: (classes, problems, 1), what `moves_of` gives.
+      certifying: (problems,).
     """
-    divergence, slope = rows.total(_divergence_and_slope, point.table, direction, *surplus)
-    gap = divergence + penalty.dual_gap(slope + penalty.gradient(point.table))
-    if unpenalised is None:
-        return gap
-    penalised, offset_range, free = unpenalised
-    rounding = 4 * jnp.finfo(slope.dtype).eps * value[None, :, None]
-    left = jnp.sum(free * jnp.maximum(jnp.abs(slope) - rounding, 0), (0, 2))
-    distance = DISTANCE + offset_range + 2 * jnp.max(jnp.abs(point.table), (0, 2))
-    return gap + jnp.where(penalised, 0, distance * left)
+    parts = rows.total(partial(_parts, kept=rows.kept), table, direction, moves, certifying)
+    loss, slope, divergence, p = parts
+    point = Point(table, slope + penalty.gradient(table), p)
+    return loss + penalty.value(table), point, divergence
+
+
+def distant(offset_range: Array, table: Array, gradient: Array, value: Array) -> Array:
+    """The part of the gap that a problem without a penalty has, of which G = 0 is demanded.
+
+    G is what a Newton step left of the gradient. It counts times `DISTANCE`, the range of the
+    offsets and twice the largest entry of the table: the bound holds if an optimum is no further
+    off.
+    """
+    rounding = 4 * jnp.finfo(gradient.dtype).eps * value[None, :, None]
+    left = jnp.sum(jnp.maximum(jnp.abs(gradient) - rounding, 0), (0, 2))
+    return (DISTANCE + offset_range + 2 * jnp.max(jnp.abs(table), (0, 2))) * left
 
 
 def bias_products(rows: Rows, point: Point) -> Array:
@@ -89,7 +93,7 @@ def _bias_products(rows: Examples, p: Array) -> Array:
     return jnp.einsum("kln,jln->lkj", rows.share * p, p)
 
 
-def bias_step(products: Array, residual: Array, present: Array) -> tuple[Array, Array]:
+def bias_step(products: Array, residual: Array, target: Array) -> tuple[Array, Array]:
     r"""A Newton step of the bias (classes, problems, 1), and what it leaves of the residual.
 
     There is no step where it would be so long that the first order of a probability is negative.
@@ -100,13 +104,13 @@ def bias_step(products: Array, residual: Array, present: Array) -> tuple[Array, 
     identity = xp.eye(len(residual), dtype=products.dtype)[None]
     hessian = identity * products.sum(2, keepdims=True) - products
     size = (hessian * identity).max((1, 2), keepdims=True)
-    absent = xp.where(present[:, :, 0].T[:, None], 0, identity)
+    absent = xp.where(target[:, :, 0].T[:, None] > 0, 0, identity)
     # The sum over the classes, along which the Hessian is 0, is held at 0.
     regular = hessian + size * (1 / len(residual) + absent) + 1e-30 * identity
     right = xp.moveaxis(residual, 1, 0)
     step = np.linalg.solve(regular, right) if xp is np else _cholesky_solve(regular, right)
     short = xp.ptp(step, 1, keepdims=True) < 0.5
-    step = xp.where(short & present.swapaxes(0, 1), step, 0).astype(residual.dtype)
+    step = xp.where(short & (target.swapaxes(0, 1) > 0), step, 0).astype(residual.dtype)
     return xp.moveaxis(step, 0, 1), residual - xp.moveaxis(hessian @ step, 0, 1)
 
 
@@ -119,33 +123,48 @@ def _cholesky_solve(matrix: Array, right: Array) -> Array:
     return right
 
 
-def surplus_of(target: Array, residual: Array) -> tuple[Array, Array]:
-    """The fraction of its mass that each class gives up, and its part of what all receive.
+def moves_of(target: Array, residual: Array) -> Array:
+    """The part of what all receive for each class, or below 0 the fraction of its mass that it
+    gives up.
 
     They bring the classes' shares (classes, problems, 1) down by the residual, to the target.
     """
     xp = namespace(target, residual)
-    given, taken = xp.maximum(residual, 0), xp.maximum(-residual, 0)
-    total = taken.sum(0, keepdims=True)
-    fraction = given / xp.where(given > 0, target + given, 1)
-    return fraction, taken / xp.where(total > 0, total, 1)
+    total = xp.maximum(-residual, 0).sum(0, keepdims=True)
+    over = xp.where(residual > 0, target + residual, xp.where(total > 0, total, 1))
+    return -residual / over
 
 
-def _divergence_and_slope(
-    rows: Examples, table: Array, direction: Array, fraction: Array, receive: Array
-) -> tuple[Array, Array]:
-    """The sums of c_i KL(q_i || p_i) and of c_i (q_i - y_i) x_i^T."""
+def _parts(
+    rows: Examples,
+    table: Array,
+    direction: Array,
+    moves: Array,
+    certifying: Array,
+    *,
+    kept: bool,
+) -> tuple[Array, Array, Array, Array | None]:
+    """The sums of losses, of c_i (q_i - y_i) x_i^T and of c_i KL(q_i || p_i), and probabilities."""
     z = rows.logits(table)
-    _, residuals, p = losses_and_residuals(z, rows.labels)
-    dz = -rows.design.logits(direction)
-    along = jnp.maximum(dz - sum_over_classes(p, dz)[None], -1)
-    excess = sum_over_classes(p, along)[None]  # what was cut off, else rounding
-    change = p * (along - excess) / (1 + excess)
-    q = p + change
-    moved = sum_over_classes(jnp.broadcast_to(fraction, q.shape), q)[None]
-    change = change - fraction * q + receive * moved
-    divergence = mean(rows, jnp.sum(_divergence(p, change, z), 0, keepdims=True))
-    return divergence, rows.transpose(rows.share * (residuals + change))
+    loss, residuals, p = mean_loss_and_residuals(rows, z)
+
+    def certificate() -> tuple[Array, Array]:
+        dz = -rows.design.logits(direction)
+        along = jnp.maximum(dz - sum_over_classes(p, dz)[None], -1)
+        excess = sum_over_classes(p, along)[None]  # what was cut off, else rounding
+        change = p * (along - excess) / (1 + excess)
+        q = p + change
+        fraction = jnp.broadcast_to(jnp.maximum(-moves, 0), q.shape)
+        moved = sum_over_classes(fraction, q)[None]
+        change = change - fraction * q + jnp.maximum(moves, 0) * moved
+        change = jnp.where(certifying[None, :, None], change, 0)
+        divergence = mean(rows, jnp.sum(_divergence(p, change, z), 0, keepdims=True))
+        return residuals + change, divergence
+
+    residuals, divergence = lax.cond(
+        jnp.any(certifying), certificate, lambda: (residuals, jnp.zeros_like(loss))
+    )
+    return loss, rows.transpose(rows.share * residuals), divergence, p if kept else None
 
 
 def _divergence(p: Array, change: Array, z: Array) -> Array:

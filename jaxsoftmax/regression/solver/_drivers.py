@@ -19,15 +19,14 @@ from jaxsoftmax.regression._result import Fit, Status
 from jaxsoftmax.regression.solver._model import Frame, Setting, make_frame, model_of
 from jaxsoftmax.regression.solver._newton import (
     aim,
-    certify,
+    balance,
     init,
     next_phase,
     precondition,
     search,
 )
 from jaxsoftmax.regression.solver._state import (
-    AIM,
-    CERTIFY,
+    BALANCE,
     DONE,
     PRECONDITION,
     SEARCH,
@@ -116,10 +115,10 @@ def result(model: Model, state: State, limits: Limits) -> Fit:
 
 def advance(phase: int, model: Model, state: State, limits: Limits, setting: Setting) -> State:
     """One phase."""
-    if phase == SEARCH:
+    if phase <= SEARCH:
         return search(model, state, limits)
-    if phase == CERTIFY:
-        return certify(model, state, limits)
+    if phase == BALANCE:
+        return balance(model, state)
     if phase == PRECONDITION:
         return precondition(model, state, setting.sizes, setting.plan)
     return aim(model, state, limits, setting.sizes)
@@ -232,8 +231,8 @@ def solve_traced(arguments: Arguments, l2s: Array, limits: Limits, setting: Sett
 
         def proceed(packed: Any) -> Any:
             phase = next_phase(Numbers(*packed[1]), setting.sizes).astype(jnp.int32)
-            branches = [partial(phase_of, i) for i in (SEARCH, CERTIFY, PRECONDITION, AIM)]
-            return lax.switch(phase, branches, packed)
+            branches = [partial(phase_of, i) for i in range(SEARCH, DONE)]
+            return lax.switch(phase - SEARCH, branches, packed)  # CERTIFY is clamped to SEARCH
 
         def going(packed: Any) -> Array:
             return jnp.any(Numbers(*packed[1]).phase < DONE)

@@ -33,16 +33,28 @@ def _compiled(f: _Function) -> _Function:
 
 @_compiled
 def evaluate(
-    model: Any, old: Point, direction: Array, length: Array, bound: Array
+    model: Any,
+    old: Point,
+    direction: Array,
+    moves: Array,
+    length: Array,
+    bound: Array,
+    certifying: Array,
+    *,
+    precise: bool,
 ) -> tuple[Point, Array]:
-    """The objective at the end of a step, in place of the old point where it is within the bound.
+    """The objective at the end of a step, in place of the old point where it is within the bound;
+    for the problems that are `certifying`, a certificate where they are.
 
     Returns:
-      The point; and the objective, the weights' part of the duality gap, and whether it was
-      accepted.
+      The point; and (5, problems) the objective, the parts of the duality gap that the weights,
+      the examples and, unless all problems are penalised, a `distant` optimum have, and whether
+      the point was accepted.
     """
     table = old.table - _over(length) * direction
-    value, new = _objective.evaluate(model.exact, model.penalty, table)
+    value, new, divergence = _certificate.evaluate(
+        model.exact, model.penalty, table, direction, moves, certifying
+    )
     gradient = model.project(new.gradient)
     accepted = (value <= bound) | (bound == jnp.inf)
     taken = _over(accepted)
@@ -54,36 +66,16 @@ def evaluate(
         gradient=jnp.where(taken, gradient, old.gradient),
         probabilities=p,
     )
-    weights_gap = model.penalty.dual_gap(gradient)
-    return point, jnp.stack([value, weights_gap, accepted.astype(table.dtype)])
+    measured = [value, model.penalty.dual_gap(gradient), divergence, 0 * value]
+    if precise:
+        measured[3] = _certificate.distant(model.offset_range, table, gradient, value)
+    return point, jnp.stack([*measured, accepted.astype(table.dtype)])
 
 
 @_compiled
 def bias_products(model: Any, point: Point) -> Array:
     """The mean (problems, classes, classes) of p p^T."""
     return _certificate.bias_products(model.fast, point).astype(point.table.dtype)
-
-
-@_compiled
-def gap(
-    model: Any,
-    point: Point,
-    value: Array,
-    direction: Array,
-    surplus: tuple[Array, Array],
-    *,
-    precise: bool,
-) -> Array:
-    """Bounds on objective - minimum; `precise` says that some problem may be unpenalised."""
-    return _certificate.duality_gap(
-        model.exact,
-        model.penalty,
-        (model.penalised, model.offset_range, model.free) if precise else None,
-        point,
-        value,
-        direction,
-        surplus,
-    )
 
 
 @_compiled

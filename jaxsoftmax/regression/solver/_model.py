@@ -100,7 +100,7 @@ def make_frame(arguments: Arguments, *, setting: Setting) -> Frame:
     if setting.narrow:
         fast = jax.tree.map(_narrow, fast)
         exact = replace(exact, design=Raw(features, coordinates))
-    varies = jnp.append(coordinates.inverse > 0, fit_bias)[None, None]
+    varies = jnp.pad(coordinates.inverse > 0, (0, 1), constant_values=fit_bias)[None, None]
     if problem.share.ndim == 2 and space is None:
         # A column may vary, and yet not in each of the problems.
         varied = lax.map(lambda own: _varies(features, own, fit_bias=fit_bias), problem.share)
@@ -111,7 +111,7 @@ def make_frame(arguments: Arguments, *, setting: Setting) -> Frame:
         narrow=fast if setting.narrow else None,
         coordinates=coordinates,
         free=free,
-        centre=free / jnp.maximum(jnp.sum(free, 0, keepdims=True), 1),
+        centre=1 / jnp.sum(exact.present.astype(dtype), 0, keepdims=True),
         covariance=_preconditioner.covariance(fast, share.astype(columns.dtype), plan)
         if setting.sizes.groups
         else None,

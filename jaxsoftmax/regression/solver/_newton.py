@@ -31,10 +31,11 @@ from jaxsoftmax.regression._penalty import inner
 from jaxsoftmax.regression._plan import Plan, Preconditioning
 from jaxsoftmax.regression._result import Status
 from jaxsoftmax.regression.solver import _kernels
-from jaxsoftmax.regression.solver._certificate import DISTANCE, bias_step, surplus_of
+from jaxsoftmax.regression.solver._certificate import DISTANCE, bias_step, moves_of
 from jaxsoftmax.regression.solver._cg import Stop
 from jaxsoftmax.regression.solver._state import (
     AIM,
+    BALANCE,
     CERTIFY,
     DONE,
     IDLE,
@@ -70,6 +71,7 @@ def init(model: Model, table: Array, sizes: Preconditioning, *, uniform: bool) -
     return State(
         point=Point(table, xp.zeros_like(table), p),
         direction=xp.zeros_like(table),
+        moves=xp.zeros_like(table[:, :, :1]),
         inverse=xp.zeros((*groups, *square), fast),
         memory=memory,
         numbers=Numbers.start(zero, -1 if uniform else sizes.price),
@@ -77,24 +79,37 @@ def init(model: Model, table: Array, sizes: Preconditioning, *, uniform: bool) -
 
 
 def search(model: Model, state: State, limits: Limits) -> State:
-    """Evaluate the objective at the end of the step; accept the step, or shorten it."""
+    """Evaluate the objective at the end of the step; accept the step, or shorten it.
+
+    The same pass over the examples bounds the distance from the minimum where that is due."""
     before = state.numbers
     xp = namespace(before.value)
-    trying = before.phase == SEARCH
+    trying, certifying = before.phase == SEARCH, before.phase == CERTIFY
     bound = (
         before.value * (1 + _rounding(before.value.dtype)) - _ARMIJO * before.length * before.slope
     )
     # The start is accepted as it is, and so is a point that is evaluated again.
     bound = xp.where(before.length == 0, float("inf"), bound)
     bound = xp.where(trying, bound, -float("inf"))
-    point, measured = _kernels.evaluate(model, state.point, state.direction, before.length, bound)
-    value, weights_gap, accepted = read(measured)
+    point, measured = _kernels.evaluate(
+        model,
+        state.point,
+        state.direction,
+        state.moves,
+        xp.where(certifying, 0, before.length),
+        bound,
+        certifying,
+        precise=not is_penalised(model),
+    )
+    value, weights_gap, divergence, distant, accepted = read(measured)
     accepted = accepted > 0
     after = judge(model, before, value, weights_gap, limits)
     if xp is jnp or not accepted.all():
         direction = read(state.direction)
-        after = after.where(accepted, shorten(before, abs(direction).max((0, 2))))
-    return state._replace(point=point, numbers=after.where(trying, before))
+        after = after.where(accepted, shorten(before, xp.sqrt(inner(direction, direction))))
+    gap = divergence + xp.where(model.penalised, weights_gap, distant)
+    certified = certify(model, before, gap, limits).where(certifying, before)
+    return state._replace(point=point, numbers=after.where(trying, certified))
 
 
 def judge(
@@ -117,7 +132,7 @@ def judge(
     )
     ending = after.ending(limits)
     near = model.penalised & ((weights_gap <= limits.tol * value) | ending)
-    after = after._replace(phase=xp.where(near, CERTIFY, AIM))
+    after = after._replace(phase=xp.where(near, BALANCE, AIM))
     proved = ~model.penalised & (value < model.separable)
     separated = proved & ((value <= limits.tol) | ending)
     finite = xp.isfinite(value + weights_gap)
@@ -135,7 +150,7 @@ def _rounding(dtype: Any) -> float:
 def shorten(before: Numbers, size: Array) -> Numbers:
     """Try a shorter part of a step; 0 if it moves nothing any more, which ends the fit.
 
-    `size` is the largest entry of the direction."""
+    `size` is the 2-norm of the direction."""
     xp = namespace(before.value)
     radius = _RADIUS * 2 ** (before.iterations / 5)  # the more steps it took, the further it may be
     too_long = before.length * size > 2 * radius
@@ -148,35 +163,38 @@ def shorten(before: Numbers, size: Array) -> Numbers:
     )
 
 
-def certify(model: Model, state: State, limits: Limits) -> State:
-    """Bound the distance from the minimum; end the fit if it is small, or can become no smaller."""
-    before = state.numbers
-    xp = namespace(before.value)
-    target = read(model.exact.target)
+def balance(model: Model, state: State) -> State:
+    """Find a step of the bias that gives the classes the shares of the data, for a certificate."""
+    numbers = state.numbers
+    xp = namespace(numbers.value)
+    balancing = numbers.phase == BALANCE
+    due = balancing[None, :, None]
+    direction = read(state.direction)
+    products = read(_kernels.bias_products(model, state.point))
     residual = read(state.point.gradient)[:, :, -1:]
-    direction, surplus = state.direction, (0 * residual, 0 * residual)
-    if xp is jnp or model.penalised.any():
-        of = model.penalised[None, :, None]
-        step, left = bias_step(
-            read(_kernels.bias_products(model, state.point)), residual, target > 0
-        )
-        bias_alone = xp.concatenate([xp.zeros_like(read(direction)[:, :, :-1]), step], 2)
-        direction = xp.where(of, bias_alone, read(direction))
-        surplus = tuple(xp.where(of, v, 0) for v in surplus_of(target, left))
-    precise = not is_penalised(model)
-    gap = read(_kernels.gap(model, state.point, before.value, direction, surplus, precise=precise))
+    target = read(model.exact.target)
+    step, left = bias_step(products, residual, target)
+    bias_alone = xp.concatenate([xp.zeros_like(direction[:, :, :-1]), step], 2)
+    return state._replace(
+        direction=xp.where(due, bias_alone, direction),
+        moves=xp.where(due, moves_of(target, left), 0),
+        numbers=numbers._replace(phase=xp.where(balancing, CERTIFY, numbers.phase)),
+    )
+
+
+def certify(model: Model, before: Numbers, gap: Array, limits: Limits) -> Numbers:
+    """End the fit if the gap is small, or can become no smaller."""
+    xp = namespace(gap)
     gap = xp.where(xp.isnan(gap), float("inf"), gap)
     converged = gap <= limits.tol * before.value
+    done = converged | before.ending(limits)
     full = before.iterations >= limits.max_iter
-    other = xp.where(full, int(Status.MAX_ITER), int(Status.STALLED))
-    after = before._replace(
+    failed = xp.where(full, int(Status.MAX_ITER), int(Status.STALLED))
+    return before._replace(
         gap=gap,
-        phase=xp.where(
-            converged | before.ending(limits), DONE, xp.where(model.penalised, AIM, SEARCH)
-        ),
-        status=xp.where(converged, int(Status.CONVERGED), other),
+        phase=xp.where(done, DONE, xp.where(model.penalised, AIM, SEARCH)),
+        status=xp.where(converged, int(Status.CONVERGED), failed),
     )
-    return state._replace(numbers=after.where(before.phase == CERTIFY, before))
 
 
 def precondition(model: Model, state: State, sizes: Preconditioning, plan: Plan) -> State:
@@ -235,7 +253,7 @@ def aim(model: Model, state: State, limits: Limits, sizes: Preconditioning) -> S
     ).where(aiming, before)
     # Where there was no curvature the preconditioner is of no use elsewhere.
     owed = before.owed + xp.where(flat, sizes.price, xp.where(aiming, steps, 0)).max()
-    return State(state.point, direction, state.inverse, memory, after._replace(owed=owed))
+    return state._replace(direction=direction, memory=memory, numbers=after._replace(owed=owed))
 
 
 def _stop(model: Model, state: State, limits: Limits, sizes: Preconditioning) -> Array:

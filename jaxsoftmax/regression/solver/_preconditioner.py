@@ -47,35 +47,33 @@ def inverse_blocks(
       mean: what `covariance` gives.
       ridge: what is added to the diagonals.
       least: the smallest ridge of a feature.
-      first: whether all weights count as equal, so that the classes share a factor. At the start
-        there is little to tell them apart, and making a factor for each is what a fit of few steps
-        spends most of its time on.
+      first: whether all probabilities are equal, so that the classes share a factor. Making one
+        for each is what a fit of few steps spends most of its time on.
       count: how many examples, those of largest weight, are used for each block.
       plan: how many are multiplied at a time.
     """
     assert isinstance(rows.design, Dense)
     columns = rows.design.columns
     groups, problems, examples = weight.shape
-    totals = weight @ jnp.ones(examples, weight.dtype)
-    totals = jnp.where(first, jnp.mean(totals, 0, keepdims=True), totals)
-    # What underflowed to 0 has little, but not nothing, or conjugate gradients are blind there.
-    floor = jnp.finfo(totals.dtype).eps * (totals + least) + _TINY
-    ridges = (ridge + floor[:, :, None]).reshape(groups * problems, -1)
-    weights, totals = weight.reshape(-1, examples), totals.reshape(-1)
+    ridges = ridge + (jnp.finfo(ridge.dtype).eps * least + _TINY)[:, :, None]
+    weights, uniform = weight.reshape(-1, examples), (1 - 1 / groups) / groups
 
     def of_examples(i: Array) -> Array:
         own = lax.dynamic_index_in_dim(weights, i, 0, keepdims=False)
         if count == examples:
             return _sum_of_squares(columns, None, own, plan)
         chosen, index = lax.top_k(own, count)
-        left = jnp.maximum(totals[i] - chosen @ jnp.ones_like(chosen), 0)
+        ones = jnp.ones_like(own)
+        left = jnp.maximum(own @ ones - chosen @ ones[:count], 0)
         return _sum_of_squares(columns, index, chosen, plan) + left * mean
 
     def block(i: Array, _: Array) -> Array:
-        return lax.cond(first, lambda i: totals[i] * mean, of_examples, i)
+        return lax.cond(first, lambda i: uniform * mean, of_examples, i)
 
     def inverse(i: Array, block: Array) -> Array:
-        return _invert(block, lax.dynamic_index_in_dim(ridges, i, 0, keepdims=False))
+        own = lax.dynamic_index_in_dim(ridges[0], i % problems, 0, keepdims=False)
+        # What underflowed to 0 has little, but not nothing, or conjugate gradients are blind there.
+        return _invert(block, own + jnp.finfo(block.dtype).eps * block[-1, -1])
 
     def replace(step: Callable[[Array, Array], Array], i: Array, blocks: Array) -> Array:
         one = lax.dynamic_index_in_dim(blocks, i, 0, keepdims=False)

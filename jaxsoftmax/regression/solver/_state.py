@@ -11,7 +11,7 @@ from jaxsoftmax.regression._penalty import Ridge
 from jaxsoftmax.regression._rows import Rows
 from jaxsoftmax.regression.solver._cg import Memory
 
-SEARCH, CERTIFY, PRECONDITION, AIM, DONE = range(5)  # the phases of a problem
+CERTIFY, SEARCH, BALANCE, PRECONDITION, AIM, DONE = range(6)  # the phases of a problem
 
 IDLE = 2  # steps without progress after which a fit has stalled
 
@@ -29,7 +29,7 @@ class Model(NamedTuple):
         unpenalised problem are separable.
       offset_range: (problems or 1,), the largest difference between offsets of one example.
       free: (classes, problems or 1, columns), 1 for the entries of a table that can vary, else 0.
-      centre: the same divided by their number in each column.
+      centre: (1, problems or 1, 1), 1 / the number of present classes.
       covariance: of the columns, if the preconditioner has factors.
     """
 
@@ -53,8 +53,9 @@ class Model(NamedTuple):
 
         Adding one vector to all classes changes no probability.
         """
-        mean = (table * read(self.centre)).sum(0, keepdims=True)
-        return (table - mean) * read(self.free)
+        free = read(self.free)
+        mean = (table * free).sum(0, keepdims=True) * read(self.centre)
+        return (table - mean) * free
 
 
 class Limits(NamedTuple):
@@ -78,7 +79,7 @@ class Numbers(NamedTuple):
       iterations: accepted steps, -1 before the start is evaluated.
       products: products with the Hessian and evaluations.
       owed: products since the preconditioner was made; -1 before the first, if it may be coarse.
-      phase: SEARCH, CERTIFY, AIM or DONE.
+      phase: CERTIFY, SEARCH, BALANCE, AIM or DONE.
       status: a `Status`, meaningful when DONE.
     """
 
@@ -119,10 +120,15 @@ class Numbers(NamedTuple):
 
 
 class State(NamedTuple):
-    """The last accepted point, the direction from there, and what was learnt of the Hessian."""
+    """The last accepted point, the direction from there, and what was learnt of the Hessian.
+
+    In CERTIFY the direction is that of the certificate, and `moves` (classes, problems, 1) what
+    `moves_of` gives.
+    """
 
     point: Point
     direction: Array
+    moves: Array
     inverse: Array
     memory: Memory
     numbers: Numbers
