@@ -84,7 +84,7 @@ def _loss_slope_probabilities(rows: Examples, table: Array) -> tuple[Array, Arra
 
 
 def mean_loss_and_residuals(rows: Examples, z: Array) -> tuple[Array, Array, Array]:
-    """The mean loss (problems,) of logits z, and the residuals and probabilities of all examples."""
+    """The mean loss (problems,) of logits z, and residuals and probabilities of all examples."""
     losses, residuals, p = losses_and_residuals(z, rows.labels)
     # An example of share 0 is dropped, be its loss finite or not.
     return mean(rows, jnp.where(rows.share == 0, 0, losses)), residuals, p

@@ -12,13 +12,11 @@ from jaxtyping import Float, Int, Shaped
 
 from jaxsoftmax import _checks
 from jaxsoftmax._runtime import partitioned, precise
-from jaxsoftmax.functional import softmax
 from jaxsoftmax.functional._stable import compute_dtype
-from jaxsoftmax.losses import cross_entropy
 from jaxsoftmax.regression._data import Arguments, make_problem
 from jaxsoftmax.regression._fit import check_arguments
 from jaxsoftmax.regression._folds import choose, fold_masks
-from jaxsoftmax.regression._objective import as_they_came
+from jaxsoftmax.regression._objective import as_they_came, losses_and_residuals, sum_over_classes
 from jaxsoftmax.regression._params import Params
 from jaxsoftmax.regression._path import l2_grid, solve_path
 from jaxsoftmax.regression._result import Fit
@@ -236,20 +234,19 @@ def _score_folds(
 def _score_sums(rows: Examples, table: Array) -> tuple[Scores, Array]:
     """Sums (problems,) over the examples, and the share of those with a finite loss."""
     logits = rows.logits(table)
-    p, targets = softmax(logits, 0), rows.targets()
-    labels = rows.labels if rows.probability_labels else rows.labels[0]
-    shape = p.shape[rows.labels.ndim - labels.ndim :]
-    losses = cross_entropy(logits, jnp.broadcast_to(labels, shape), axis=0)[None]
+    losses, residuals, _ = losses_and_residuals(logits, rows.labels)
     known = losses != jnp.inf
-    right = jnp.argmax(logits, 0) == jnp.argmax(targets, 0)
-    scores = Scores(
-        log_loss=losses,
-        known_log_loss=jnp.where(known, losses, 0),
-        # The largest of NaN is the first, which is no answer.
-        accuracy=jnp.where(jnp.isnan(losses), losses, right[None].astype(p.dtype)),
-        brier=jnp.sum((p - targets) ** 2, 0, keepdims=True),
+    labels = jnp.argmax(rows.labels, 0)[None] if rows.probability_labels else rows.labels
+    right = (jnp.argmax(logits, 0)[None].astype(labels.dtype) == labels).astype(losses.dtype)
+    values = jnp.stack(
+        (
+            losses,
+            jnp.where(known, losses, 0),
+            # The largest of NaN is the first, which is no answer.
+            jnp.where(jnp.isnan(losses), losses, right),
+            sum_over_classes(residuals, residuals)[None],
+            known.astype(losses.dtype),
+        )
     )
-    return jax.tree.map(
-        lambda v: jnp.sum(jnp.where(rows.share == 0, 0, rows.share * v), (0, 2)),
-        (scores, known.astype(p.dtype)),
-    )
+    *sums, share = jnp.sum(jnp.where(rows.share == 0, 0, rows.share * values), (1, 3))
+    return Scores(*sums), share
