@@ -13,6 +13,8 @@ import pytest
 
 from jaxsoftmax import Fit, Params, Status, fit
 from jaxsoftmax.regression._plan import Plan
+from jaxsoftmax.regression.solver import _drivers
+from jaxsoftmax.regression.solver._state import State
 from tests.fits import CLASSES, EXAMPLES, L2, WIDTH, data, planned_fit
 from tests.helpers import WIDE
 from tests.test_paths import DOUBLE, TOL, entry, same, small_fit
@@ -114,6 +116,36 @@ def test_groups_of_problems_equal_single_fits() -> None:
         single = small_fit(features, labels, sample_weight=drawn[i])
         same(entry(fits, i), single)
         same(entry(traced, i), single)
+
+
+@pytest.mark.parametrize("varied", ["weights", "labels and weights", "offsets", "starts"])
+def test_problems_that_are_done_leave(varied: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = data()
+    arrays = {"features": features, "labels": labels}
+    values = VARIED[varied]() | VARIED["tolerances"]()
+    l2s = jnp.asarray([0.3, 1e-3], WIDE)
+    advance, sizes = _drivers.advance, []
+
+    def recorded(phase: int, model: Any, state: State, *arguments: Any) -> State:
+        sizes.append(len(state.numbers.phase))
+        return advance(phase, model, state, *arguments)
+
+    monkeypatch.setattr(_drivers, "advance", recorded)
+
+    def fitted(own: dict[str, Any], l2: jax.Array) -> Fit:
+        plan = Plan(leaving=0, remembered=0)
+        return planned_fit(plan, **(arrays | own), l2=l2)
+
+    fits = jax.vmap(jax.vmap(fitted, (None, 0)), (0, None))(values, l2s)
+    monkeypatch.undo()
+    assert {4, PROBLEMS} <= set(sizes) <= {1, 2, 4, PROBLEMS}
+    assert (fits.status == Status.CONVERGED).all()
+    for i in range(PROBLEMS):
+        for k, l2 in enumerate(l2s):
+            own = jax.tree.map(operator.itemgetter(i), values)
+            single = small_fit(**(arrays | own), l2=l2)
+            assert abs(fits.objective[i, k] - single.objective) <= own["tol"] * single.objective
+    same(entry(fits, PROBLEMS - 1, 0), small_fit(**(arrays | own), l2=l2s[0]))
 
 
 def test_problems_with_products_in_float32_equal_single_fits() -> None:

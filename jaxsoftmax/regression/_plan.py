@@ -42,6 +42,7 @@ class Plan:
       lanes: problems side by side.
       lane_logits: logits of all of them.
       lane_bytes: bytes of their preconditioners.
+      leaving: multiplications in products after which those that are done leave the others.
     """
 
     kept_logits: int = 2**22
@@ -56,6 +57,7 @@ class Plan:
     lanes: int = 16
     lane_logits: int = 2**23
     lane_bytes: int = 2**28
+    leaving: int = 2**37
 
     def block(self, examples: int, width: int, classes: int) -> int:
         """The number of examples whose logits are formed at a time."""

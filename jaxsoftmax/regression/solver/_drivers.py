@@ -16,6 +16,7 @@ from jaxsoftmax._runtime import Array, namespace, precise, read
 from jaxsoftmax.regression._data import Arguments
 from jaxsoftmax.regression._params import Params
 from jaxsoftmax.regression._result import Fit, Status
+from jaxsoftmax.regression.solver._leaving import put_back, remaining, some_of, state_of
 from jaxsoftmax.regression.solver._model import Frame, Setting, make_frame, model_of
 from jaxsoftmax.regression.solver._newton import (
     aim,
@@ -165,8 +166,13 @@ def on_host(frame: Frame) -> Frame:
 
 
 def run(model: Model, state: State, limits: Limits, setting: Setting) -> State:
-    """Phase after phase until every problem is done."""
+    """Phase after phase until every problem is done; those that are leave, where that pays."""
+    whole, index = state, np.arange(setting.problems)
     while (phase := int(next_phase(state.numbers, setting.sizes))) != DONE:
+        if _pays(model, state, setting) and len(some := remaining(state.numbers)) < len(index):
+            whole = put_back(whole, index, state)
+            model, limits = some_of(model, limits, some)
+            state, index = state_of(state, some), index[some]
         try:
             state = advance(phase, model, state, limits, setting)
         except BaseException as error:
@@ -176,7 +182,16 @@ def run(model: Model, state: State, limits: Limits, setting: Setting) -> State:
                 f"{numbers.value.max():.6g} and a gap of {numbers.gap.max():.1e}."
             )
             raise
-    return state
+    return state if len(index) == setting.problems else put_back(whole, index, state)
+
+
+def _pays(model: Model, state: State, setting: Setting) -> bool:
+    """Whether so much has been multiplied that programs for fewer problems are worth compiling."""
+    if setting.problems == 1:
+        return False
+    examples, columns = model.exact.shape
+    entries = examples * columns * len(state.moves) * setting.problems
+    return bool(state.numbers.products.max() * entries >= setting.plan.leaving)
 
 
 def _refine(arguments: Arguments, fit: Fit, l2: Any, limits: Limits, setting: Setting) -> Fit:

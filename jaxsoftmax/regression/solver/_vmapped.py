@@ -12,6 +12,9 @@
 | these and `l2` together | the same, each problem with its penalty |
 | `l2`, in a `vmap` over weights and so on, or around it | paths side by side |
 | `features`, or a second `vmap` over weights and so on | one after the other |
+
+Side by side under the Python loop, problems that are done leave the others once so much has been
+multiplied that programs for fewer problems are worth compiling (`_leaving`).
 """
 
 from functools import partial
