@@ -16,6 +16,7 @@ from jaxsoftmax._runtime import Array, namespace, precise, read
 from jaxsoftmax.regression._data import Arguments
 from jaxsoftmax.regression._params import Params
 from jaxsoftmax.regression._result import Fit, Status
+from jaxsoftmax.regression._rows import Examples
 from jaxsoftmax.regression.solver._leaving import put_back, remaining, some_of, state_of
 from jaxsoftmax.regression.solver._model import Frame, Setting, make_frame, model_of
 from jaxsoftmax.regression.solver._newton import (
@@ -187,7 +188,7 @@ def run(model: Model, state: State, limits: Limits, setting: Setting) -> State:
 
 def _pays(model: Model, state: State, setting: Setting) -> bool:
     """Whether so much has been multiplied that programs for fewer problems are worth compiling."""
-    if setting.problems == 1:
+    if setting.problems == 1 or not isinstance(model.exact, Examples):
         return False
     examples, columns = model.exact.shape
     entries = examples * columns * len(state.moves) * setting.problems

@@ -10,7 +10,6 @@ import numpy as np
 from jaxsoftmax._runtime import Array
 from jaxsoftmax.regression._objective import Point
 from jaxsoftmax.regression._penalty import Ridge
-from jaxsoftmax.regression._rows import Examples
 from jaxsoftmax.regression.solver._state import DONE, Limits, Model, Numbers, State
 
 # The axis of problems.
@@ -50,7 +49,7 @@ def some_of(model: Model, limits: Limits, index: Array) -> tuple[Model, Limits]:
     """The model and the limits of some problems."""
     take = partial(_take, index)
 
-    def rows(of: Examples) -> Examples:
+    def rows(of: Any) -> Any:
         return replace(
             of,
             labels=take(of.labels, 1),

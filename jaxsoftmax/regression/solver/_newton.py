@@ -3,13 +3,15 @@ r"""Newton's method for problems side by side, in phases that a driver calls.
 Each problem is in a phase:
 
 * SEARCH: `search` evaluates the objective at the end of a step; it accepts the step or shortens it.
-* CERTIFY: `certify` bounds the distance from the minimum, which may end the fit.
+* BALANCE: `balance` finds the step of the bias that a certificate needs.
+* CERTIFY: `search` bounds the distance from the minimum in a pass like that of a step, and
+  `certify` may end the fit.
 * AIM: `aim` finds the next direction d, with :math:`H d = \nabla f` up to a part of the gradient.
 * DONE.
 
 `next_phase` says which comes next, and before AIM whether the preconditioner is due: `precondition`
-makes it. Problems that are in another phase wait. An unpenalised problem comes to CERTIFY with the
-direction that certifies it, after AIM; a penalised one before.
+makes it. Problems that are in another phase wait. A penalised problem comes to CERTIFY from
+BALANCE; an unpenalised one from AIM, with the direction that certifies it.
 
 What takes the examples is compiled. The decisions are arithmetic on the few numbers that are known
 of each problem, by NumPy where a Python loop drives, else as a part of a compiled loop.
@@ -81,7 +83,8 @@ def init(model: Model, table: Array, sizes: Preconditioning, *, uniform: bool) -
 def search(model: Model, state: State, limits: Limits) -> State:
     """Evaluate the objective at the end of the step; accept the step, or shorten it.
 
-    The same pass over the examples bounds the distance from the minimum where that is due."""
+    Where a certificate is due, the same pass over the examples makes it.
+    """
     before = state.numbers
     xp = namespace(before.value)
     trying, certifying = before.phase == SEARCH, before.phase == CERTIFY
@@ -106,7 +109,7 @@ def search(model: Model, state: State, limits: Limits) -> State:
     after = judge(model, before, value, weights_gap, limits)
     if xp is jnp or not accepted.all():
         direction = read(state.direction)
-        after = after.where(accepted, shorten(before, xp.sqrt(inner(direction, direction))))
+        after = after.where(accepted, shorten(before, abs(direction).max((0, 2))))
     gap = divergence + xp.where(model.penalised, weights_gap, distant)
     certified = certify(model, before, gap, limits).where(certifying, before)
     return state._replace(point=point, numbers=after.where(trying, certified))
@@ -150,7 +153,7 @@ def _rounding(dtype: Any) -> float:
 def shorten(before: Numbers, size: Array) -> Numbers:
     """Try a shorter part of a step; 0 if it moves nothing any more, which ends the fit.
 
-    `size` is the 2-norm of the direction."""
+    `size` is the largest entry of the direction."""
     xp = namespace(before.value)
     radius = _RADIUS * 2 ** (before.iterations / 5)  # the more steps it took, the further it may be
     too_long = before.length * size > 2 * radius
