@@ -29,6 +29,7 @@ from jaxsoftmax.regression._penalty import Ridge
 from jaxsoftmax.regression._rows import Examples, Rows
 
 DISTANCE = 100.0  # to an optimum without a penalty, in standard coordinates; see `distant`
+_FAR = 1e4
 
 
 def evaluate(
@@ -72,9 +73,12 @@ def distant(offset_range: Array, table: Array, gradient: Array, value: Array) ->
     offsets and twice the largest entry of the table: the bound holds if an optimum is no further
     off.
     """
-    rounding = 4 * jnp.finfo(gradient.dtype).eps * value[None, :, None]
-    left = jnp.sum(jnp.maximum(jnp.abs(gradient) - rounding, 0), (0, 2))
-    return (DISTANCE + offset_range + 2 * jnp.max(jnp.abs(table), (0, 2))) * left
+    size = offset_range + 2 * jnp.max(jnp.abs(table), (0, 2))
+    rounding = 4 * jnp.finfo(gradient.dtype).eps * value
+    # Far out the logits have lost their digits: what rounding hides of the gradient counts.
+    hidden = jnp.where(size > _FAR, rounding, 0)
+    left = jnp.maximum(jnp.abs(gradient) - rounding[None, :, None], hidden[None, :, None])
+    return (DISTANCE + size) * jnp.sum(left, (0, 2))
 
 
 def bias_products(rows: Rows, point: Point) -> Array:
