@@ -107,9 +107,7 @@ def search(model: Model, state: State, limits: Limits) -> State:
     value, weights_gap, divergence, distant, accepted = read(measured)
     accepted = accepted > 0
     after = judge(model, before, value, weights_gap, limits)
-    if xp is jnp or not accepted.all():
-        direction = read(state.direction)
-        after = after.where(accepted, shorten(before, abs(direction).max((0, 2))))
+    after = after.where(accepted, shorten(before))
     gap = divergence + xp.where(model.penalised, weights_gap, distant)
     certified = certify(model, before, gap, limits).where(certifying, before)
     return state._replace(point=point, numbers=after.where(trying, certified))
@@ -150,20 +148,28 @@ def _rounding(dtype: Any) -> float:
     return float(4 * np.finfo(dtype).eps)
 
 
-def shorten(before: Numbers, size: Array) -> Numbers:
-    """Try a shorter part of a step; 0 if it moves nothing any more, which ends the fit.
-
-    `size` is the largest entry of the direction."""
+def shorten(before: Numbers) -> Numbers:
+    """Try a shorter part of a step; 0 if it moves nothing any more, which ends the fit."""
     xp = namespace(before.value)
-    radius = _RADIUS * 2 ** (before.iterations / 5)  # the more steps it took, the further it may be
-    too_long = before.length * size > 2 * radius
-    length = xp.where(too_long, radius / xp.where(size > 0, size, 1), before.length / 2)
-    lost = ~(length * size > np.finfo(length.dtype).eps)
+    length = before.length / 2
+    length = xp.where(length * before.size > _radius(before), _to_radius(before), length)
+    lost = ~(length * before.size > np.finfo(length.dtype).eps)
     return before._replace(
         length=xp.where(lost, 0, length),
         idle=xp.where(lost, IDLE, before.idle),
         products=before.products + 1,
     )
+
+
+def _radius(numbers: Numbers) -> Array:
+    """How long a step may be that is not trusted; the more were taken, the further it may be."""
+    radius: Array = _RADIUS * 2 ** (numbers.iterations / 5)
+    return radius
+
+
+def _to_radius(numbers: Numbers) -> Array:
+    """The part of the direction that is as long as that."""
+    return _radius(numbers) / namespace(numbers.size).where(numbers.size > 0, numbers.size, 1)
 
 
 def balance(model: Model, state: State) -> State:
@@ -237,23 +243,23 @@ def aim(model: Model, state: State, limits: Limits, sizes: Preconditioning) -> S
     _, _, slope, steps, _ = read(measured).astype(before.value.dtype)
     # A saturated model has no curvature: there is nothing but the gradient to go along.
     flat = aiming & ~((steps > 0) & (slope > 0) & (slope < float("inf")))
-    length = 0 * slope + 1
     direction = x if x.dtype == state.direction.dtype else read(x).astype(state.direction.dtype)
     if xp is jnp or flat.any() or not aiming.all():
         x, gradient, old = (read(v) for v in (direction, state.point.gradient, state.direction))
-        squares = inner(gradient, gradient)
-        size = xp.sqrt(squares)
-        slope = xp.where(flat, squares, slope)
-        length = xp.where(flat, _RADIUS / xp.where(size > 0, size, 1), 1)
+        slope = xp.where(flat, inner(gradient, gradient), slope)
         found = xp.where(flat[None, :, None], gradient, x)
         direction = xp.where(aiming[None, :, None], found, old).astype(old.dtype)
     close = ending | (~flat & (slope / 2 <= limits.tol * before.value))
     after = before._replace(
         slope=slope,
-        length=length,
+        size=abs(read(direction)).max((0, 2)),
         products=before.products + steps,
         phase=xp.where(~model.penalised & close, CERTIFY, SEARCH),
-    ).where(aiming, before)
+    )
+    # The objective is not negative, and where a quadratic model falls below 0 it is not trusted.
+    length = xp.where(slope > 2 * before.value, xp.minimum(_to_radius(after), 1), 1)
+    length = xp.where(flat, _to_radius(after), length).astype(slope.dtype)
+    after = after._replace(length=length).where(aiming, before)
     # Where there was no curvature the preconditioner is of no use elsewhere.
     owed = before.owed + xp.where(flat, sizes.price, xp.where(aiming, steps, 0)).max()
     return state._replace(direction=direction, memory=memory, numbers=after._replace(owed=owed))

@@ -73,6 +73,7 @@ class Numbers(NamedTuple):
       weights_gap: the part of the duality gap that the weights have.
       gap: bound on objective - minimum, inf where none is known.
       slope: how fast the objective falls along the direction.
+      size: the largest entry of the direction.
       length: the part of the direction that is tried.
       drop: the slope of the last accepted step, relative to the objective.
       idle: steps in a row without progress.
@@ -87,6 +88,7 @@ class Numbers(NamedTuple):
     weights_gap: Array
     gap: Array
     slope: Array
+    size: Array
     length: Array
     drop: Array
     idle: Array
