@@ -113,7 +113,10 @@ def fold_masks(
 
 
 def _members(ids: Array, count: int) -> Array:
-    return (ids == jnp.arange(count, dtype=ids.dtype)[:, None]).astype(jnp.int8)
+    known = _checks.known(ids)
+    ids = ids if known is None else known  # of which NumPy has nothing to compile
+    xp = namespace(ids)
+    return jnp.asarray((ids == xp.arange(count, dtype=ids.dtype)[:, None]).astype("int8"))
 
 
 @np.errstate(invalid="ignore")  # of infinite losses

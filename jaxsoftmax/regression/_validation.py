@@ -175,7 +175,11 @@ def _cross_validated(arguments: Arguments, masks: Array, **static: Any) -> Cross
     """`cross_validate` of checked arguments. The last of the fits is that of all examples."""
     fitted, held_out, l2s = _fold_weights(arguments, masks)
     fits, scores = validate(arguments, l2s, fitted, held_out, **static)
-    return _chosen_and_packed(l2s, fits, scores)
+    arrays = l2s, fits, scores
+    known = jax.tree.map(_checks.known, arrays)
+    if len(jax.tree.leaves(known)) < len(jax.tree.leaves(arrays)):
+        return jax.jit(_chosen_and_packed)(*arrays)
+    return jax.device_put(_chosen_and_packed(*known))
 
 
 @jax.jit
@@ -190,8 +194,7 @@ def _fold_weights(arguments: Arguments, masks: Array) -> tuple[Array, Array, Arr
     return fitted, held_out, jnp.broadcast_to(l2s[None], (len(fitted), l2s.size))
 
 
-@jax.jit
-def _chosen_and_packed(l2s: Array, fits: Fit, scores: Scores) -> CrossValidation:
+def _chosen_and_packed(l2s: Any, fits: Fit, scores: Scores) -> CrossValidation:
     losses = scores.known_log_loss
     best, one_standard_error = choose(losses, l2s[0], float(jnp.finfo(losses.dtype).eps))
     return CrossValidation(
