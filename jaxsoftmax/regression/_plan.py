@@ -32,6 +32,8 @@ class Plan:
       kept_logits: the most that are formed at once, if it is more than an eighth of the features.
       block_logits: logits of a block of examples, where they are not formed at once.
       block_features: entries of features of a block, in passes over the features alone.
+      examples_first: entries of features from which on XLA:CPU is 2 to 6 times faster at logits with
+        the examples first, which are then transposed.
       narrow: entries of float64 features from which on products are computed in float32.
       remembered: entries of features from which on directions are remembered.
       factor_bytes: the most that the factors may take, if it is more than an eighth of the
@@ -48,6 +50,7 @@ class Plan:
     kept_logits: int = 2**22
     block_logits: int = 2**20
     block_features: int = 2**20
+    examples_first: int = 2**19
     narrow: int = 2**16
     remembered: int = 2**20
     factor_bytes: int = 2**26

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Shaped
 from jaxsoftmax._runtime import Array, namespace, read
 from jaxsoftmax.regression._coordinates import Coordinates
 from jaxsoftmax.regression._data import Problem
+from jaxsoftmax.regression._plan import DEFAULT
 
 _Sum = TypeVar("_Sum")
 _Value = TypeVar("_Value")
@@ -30,11 +31,11 @@ class Dense(NamedTuple):
     columns: Float[Array, "examples table"]
 
     def logits(self, table: Array) -> Array:
-        return _contract(table, self.columns, 1)
+        return _logits(table, self.columns)
 
     def transpose(self, values: Array) -> Array:
         """The table of sums of values (classes, problems, examples) times columns."""
-        return _contract(values, self.columns, 0)
+        return _sums(values, self.columns)
 
     def cut(self, start: Array | int, size: int) -> "Dense":
         return Dense(lax.dynamic_slice_in_dim(self.columns, start, size))
@@ -48,19 +49,35 @@ class Raw(NamedTuple):
 
     def logits(self, table: Array) -> Array:
         weights, bias = self.coordinates.parameters(table)
-        return _contract(weights, self.features.astype(table.dtype), 1) + bias
+        return _logits(weights, self.features.astype(table.dtype)) + bias
 
     def transpose(self, values: Array) -> Array:
-        sums = _contract(values, self.features.astype(values.dtype), 0)
+        sums = _sums(values, self.features.astype(values.dtype))
         return self.coordinates.pull_back(sums, jnp.sum(values, 2, keepdims=True))
 
     def cut(self, start: Array | int, size: int) -> "Raw":
         return self._replace(features=lax.dynamic_slice_in_dim(self.features, start, size))
 
 
-def _contract(values: Array, columns: Array, axis: int) -> Array:
-    """Products over the last axis of `values` and an axis of `columns`."""
-    return lax.dot_general(values, columns, (((2,), (axis,)), ((), ())))
+def _logits(table: Array, columns: Array) -> Array:
+    """Products of a table with examples: (classes, problems, examples)."""
+
+    def classes_first(table: Array, columns: Array) -> Array:
+        return lax.dot_general(table, columns, (((2,), (1,)), ((), ())))
+
+    def examples_first(table: Array, columns: Array) -> Array:
+        products = lax.dot_general(columns, table, (((1,), (2,)), ((), ())))
+        # Without the barrier XLA makes the other product of it.
+        return jnp.moveaxis(lax.optimization_barrier(products), 0, 2)
+
+    if columns.size < DEFAULT.examples_first:
+        return classes_first(table, columns)
+    return lax.platform_dependent(table, columns, cpu=examples_first, default=classes_first)
+
+
+def _sums(values: Array, columns: Array) -> Array:
+    """Sums over examples of values (classes, problems, examples) times columns."""
+    return lax.dot_general(values, columns, (((2,), (0,)), ((), ())))
 
 
 @runtime_checkable
