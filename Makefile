@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 MARKED ?=
+# What pip has not compiled is compiled by the first process that imports it, not by each of them.
+export PYTHONDONTWRITEBYTECODE :=
 BENCHMARKS := $(notdir $(basename $(wildcard tests/benchmarks/[a-z]*.py)))
 
 .DEFAULT_GOAL := help
