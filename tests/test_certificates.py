@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from jaxsoftmax import Fit, Params, Status, fit
+from jaxsoftmax.regression.solver._certificate import distant
 from tests.helpers import WIDE, X64, eps
 
 Floats = NDArray[np.float64]
@@ -213,3 +214,10 @@ def test_a_gap_is_no_less_than_the_distance_where_the_bias_is_off() -> None:
         result = fit(features, labels, max_iter=max_iter, **arguments)
         distance = float(result.objective - best.objective)
         assert result.gap * result.objective >= 0.99 * distance - 10 * eps(WIDE)
+
+
+def test_far_out_what_rounding_hides_of_the_gradient_counts() -> None:
+    value, gradient = jnp.ones(1, WIDE), jnp.zeros((2, 1, 2), WIDE)
+    near, far = (distant(0 * value, jnp.full_like(gradient, t), gradient, value) for t in (1, 9e6))
+    assert near == 0
+    assert far > 1e6 * eps(WIDE)

@@ -220,18 +220,19 @@ def test_rows_that_a_factor_leaves_out_count_as_the_mean_row() -> None:
     np.testing.assert_allclose(inverse @ block, np.eye(WIDTH + 1), atol=1e-3)
 
 
-def test_the_first_factor_is_that_of_equal_weights() -> None:
+@pytest.mark.parametrize("groups", [1, CLASSES])
+def test_the_first_factor_is_that_of_equal_weights(groups: int) -> None:
     rows = standard_rows()
     ridge = jnp.append(jnp.full(WIDTH, L2, WIDE), 0)
     mean = _preconditioner.covariance(rows, rows.share[0, 0], Plan())
-    weight = hessian_weight(rows, point_at(rows, table_of(params())))
+    weight = hessian_weight(rows, point_at(rows, table_of(params())))[:groups]
     least = jnp.full((1, 1), L2, WIDE)
     inverse = _preconditioner.inverse_blocks(
         rows, weight, mean, ridge[None, None], least, jnp.asarray(True), EXAMPLES, Plan()
     )
     x, share = rows.design.columns, rows.share[0, 0]  # type: ignore[union-attr]
     block = (1 - 1 / CLASSES) / CLASSES * (x.T * share) @ x + jnp.diag(ridge)
-    for k in range(CLASSES):
+    for k in range(groups):
         np.testing.assert_allclose(inverse[k, 0] @ block, np.eye(WIDTH + 1), atol=1e-3)
 
 

@@ -56,7 +56,8 @@ def inverse_blocks(
     columns = rows.design.columns
     groups, problems, examples = weight.shape
     ridges = ridge + (jnp.finfo(ridge.dtype).eps * least + _TINY)[:, :, None]
-    weights, uniform = weight.reshape(-1, examples), (1 - 1 / groups) / groups
+    classes = len(rows.target)
+    weights, uniform = weight.reshape(-1, examples), (1 - 1 / classes) / classes
 
     def of_examples(i: Array) -> Array:
         own = lax.dynamic_index_in_dim(weights, i, 0, keepdims=False)
