@@ -1,5 +1,6 @@
 """Strict dtype promotion and `jax_debug_nans` for the whole suite; warnings are errors."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import jax
 import jaxtyping
 import pytest
 
+# Threads of LAPACK in one worker wait busily for cores that another one has.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_nans", True)
 jax.config.update("jax_num_cpu_devices", 8)  # for tests/test_sharding.py

@@ -118,6 +118,7 @@ def test_groups_of_problems_equal_single_fits() -> None:
         same(entry(traced, i), single)
 
 
+@pytest.mark.single
 @pytest.mark.parametrize("varied", ["weights", "labels and weights", "offsets", "starts"])
 def test_problems_that_are_done_leave(varied: str, monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = data()

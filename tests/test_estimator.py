@@ -73,6 +73,7 @@ DATASETS: dict[str, Callable[[], tuple[NDArray[Any], NDArray[Any]]]] = {
 
 
 @single
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, np.float64) for name in DATASETS), ("iris", np.float32), ("two classes", np.float32)],

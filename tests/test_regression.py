@@ -369,9 +369,10 @@ def test_a_single_present_class_is_certain(l2: float) -> None:
 
 
 @in_double
-@pytest.mark.parametrize("argument", ["l2", "sample_weight", "features", "offset", "labels"])
+@pytest.mark.parametrize("labelled", ["classes", "probabilities"])
 @pytest.mark.parametrize("fit_bias", [True, False])
-def test_derivatives_of_a_fit_equal_finite_differences(argument: str, fit_bias: bool) -> None:
+def test_derivatives_of_a_fit_equal_finite_differences(labelled: str, fit_bias: bool) -> None:
+    """Along random directions in which all arguments change."""
     features, labels = data()
     rng = np.random.default_rng(1)
     arguments: dict[str, Any] = {
@@ -379,16 +380,17 @@ def test_derivatives_of_a_fit_equal_finite_differences(argument: str, fit_bias: 
         "sample_weight": jnp.asarray(rng.uniform(0.5, 1.5, EXAMPLES)),
         "features": features,
         "offset": jnp.asarray(rng.normal(size=(EXAMPLES, CLASSES))),
-        "labels": jnp.asarray(rng.normal(size=(EXAMPLES, CLASSES))),  # logits of probabilities
     }
+    if labelled == "probabilities":
+        arguments["logits"] = jnp.asarray(rng.normal(size=(EXAMPLES, CLASSES)))
 
     @jax.jit
-    def fitted(value: jax.Array) -> tuple[Params, jax.Array]:
-        kwargs = arguments | {argument: value}
-        soft = softmax(kwargs.pop("labels"))
+    def fitted(arguments: dict[str, Any]) -> tuple[Params, jax.Array]:
+        kwargs = dict(arguments)
+        of = softmax(kwargs.pop("logits")) if "logits" in kwargs else labels
         result = fit(
             kwargs.pop("features"),
-            soft if argument == "labels" else labels,
+            of,
             num_classes=CLASSES,
             fit_bias=fit_bias,
             tol=1e-14,
@@ -396,7 +398,7 @@ def test_derivatives_of_a_fit_equal_finite_differences(argument: str, fit_bias: 
         )
         return result.params, result.objective
 
-    check_grads(fitted, (arguments[argument],), order=1, atol=1e-5, rtol=1e-5, eps=1e-4)
+    check_grads(fitted, (arguments,), order=1, atol=1e-5, rtol=1e-5, eps=1e-4)
 
 
 @in_double

@@ -260,6 +260,7 @@ def test_folds_are_those_of_scikit_learn_up_to_their_numbers() -> None:
         ({"folds": np.zeros((2, EXAMPLES))}, ValueError, "fold 0 holds out none"),
         ({"folds": np.ones((2, EXAMPLES))}, ValueError, "fold 0 fits none"),
         ({"folds": np.arange(EXAMPLES) // 30 * 2}, ValueError, "fold 1 holds out none"),
+        ({"folds": 61}, ValueError, "folds must be at most the 60 examples, got 61"),
         ({"l2s": 1.0}, ValueError, r"l2s must have shape \(penalties,\)"),
         ({"sample_weight": -np.ones(EXAMPLES)}, ValueError, "sample_weight must not be negative"),
     ],

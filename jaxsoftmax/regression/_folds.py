@@ -72,8 +72,10 @@ def fold_masks(
     rank = np.ndim(folds)
     if rank == 0:
         count = _checks.integer("folds", cast(int, folds), least=2)
-        return _members(stratified_folds(labels, count), count)
-    if rank == 1:
+        if count > examples:
+            raise ValueError(f"folds must be at most the {examples} examples, got {count}")
+        masks = _members(stratified_folds(labels, count), count)
+    elif rank == 1:
         ids = _checks.known(folds)
         if ids is None:
             raise TypeError(

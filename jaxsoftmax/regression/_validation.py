@@ -97,8 +97,9 @@ def cross_validate(
 
     Raises:
       TypeError, ValueError: as in `fit`; or `l2s` has not rank 1 or no entry; or `folds` is below
-        2, has another shape or other values, are integers that are traced, whose number is then
-        unknown, or a fold holds out, or fits, no example of positive weight.
+        2 or above the number of examples, has another shape or other values, are integers that are
+        traced, whose number is then unknown, or a fold holds out, or fits, no example of positive
+        weight.
 
     Example:
       >>> import jax.numpy as jnp
