@@ -13,7 +13,7 @@ import pytest
 
 from jaxsoftmax import Fit, Params, Status, fit
 from jaxsoftmax.regression._plan import Plan
-from jaxsoftmax.regression.solver import _drivers
+from jaxsoftmax.regression.solver import _newton
 from jaxsoftmax.regression.solver._state import State
 from tests.fits import CLASSES, EXAMPLES, L2, WIDTH, data, planned_fit
 from tests.helpers import WIDE
@@ -125,13 +125,13 @@ def test_problems_that_are_done_leave(varied: str, monkeypatch: pytest.MonkeyPat
     arrays = {"features": features, "labels": labels}
     values = VARIED[varied]() | VARIED["tolerances"]()
     l2s = jnp.asarray([0.3, 1e-3], WIDE)
-    advance, sizes = _drivers.advance, []
+    sizes: list[int] = []
 
     def recorded(phase: int, model: Any, state: State, *arguments: Any) -> State:
         sizes.append(len(state.numbers.phase))
-        return advance(phase, model, state, *arguments)
+        return _newton.step(phase, model, state, *arguments)
 
-    monkeypatch.setattr(_drivers, "advance", recorded)
+    monkeypatch.setattr("jaxsoftmax.regression.solver._drivers.step", recorded)
 
     def fitted(own: dict[str, Any], l2: jax.Array) -> Fit:
         plan = Plan(leaving=0, remembered=0)

@@ -14,15 +14,16 @@ from jaxsoftmax import Fit, Status
 from jaxsoftmax.regression._data import make_problem
 from jaxsoftmax.regression._plan import Plan
 from jaxsoftmax.regression._rows import Dense, Examples
-from jaxsoftmax.regression.solver import _drivers
-from jaxsoftmax.regression.solver._drivers import begin, result, run
+from jaxsoftmax.regression.solver._drivers import begin, run
 from jaxsoftmax.regression.solver._model import Frame, Setting, standard_coordinates
+from jaxsoftmax.regression.solver._newton import result, step
 from jaxsoftmax.regression.solver._state import Limits, State
 from tests.benchmarks.first_call import OURS, kernels
 from tests.fits import CLASSES, EXAMPLES, L2, TOL, WIDTH, data, small_fit, status
 from tests.helpers import WIDE, X64, eps
 
 close = partial(np.testing.assert_allclose, rtol=1e-3, atol=(2 * TOL * np.log(CLASSES) / L2) ** 0.5)
+STEP = "jaxsoftmax.regression.solver._drivers.step"  # as a driver calls it
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,13 @@ def test_both_drivers_take_the_same_steps(name: str) -> None:
 @pytest.mark.single
 def test_vmap_outside_jit_is_driven_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = data()
-    advance, on_host = _drivers.advance, []
+    on_host: list[bool] = []
 
     def recorded(phase: int, model: Any, state: State, *arguments: Any) -> State:
         on_host.append(isinstance(state.numbers.value, np.ndarray))
-        return advance(phase, model, state, *arguments)
+        return step(phase, model, state, *arguments)
 
-    monkeypatch.setattr(_drivers, "advance", recorded)
+    monkeypatch.setattr(STEP, recorded)
     weights = jnp.ones((2, EXAMPLES), WIDE).at[0, :5].set(0)
 
     def fitted(weights: jax.Array) -> Fit:
@@ -152,15 +153,15 @@ def test_vmap_outside_jit_is_driven_by_python(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.single
 def test_an_interrupted_fit_says_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = data()
-    advance, phases = _drivers.advance, []
+    phases: list[int] = []
 
     def interrupted(phase: int, *arguments: Any) -> Any:
         phases.append(phase)
         if len(phases) == 8:
             raise KeyboardInterrupt
-        return advance(phase, *arguments)
+        return step(phase, *arguments)
 
-    monkeypatch.setattr(_drivers, "advance", interrupted)
+    monkeypatch.setattr(STEP, interrupted)
     with pytest.raises(KeyboardInterrupt) as interrupt:
         small_fit(features, labels)
     assert len(phases) == 8

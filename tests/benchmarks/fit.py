@@ -40,7 +40,7 @@ from sklearn.datasets import load_digits, load_wine
 from sklearn.linear_model import LogisticRegression
 
 from jaxsoftmax import Params, Status, fit
-from jaxsoftmax.regression.solver import _drivers
+from jaxsoftmax.regression.solver import _newton
 from tests.benchmarks._measure import environment, medians, stored
 
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
@@ -188,7 +188,8 @@ def peers(copies: dict[str, Data]) -> Iterator[tuple[str, list[Callable[[], Para
 def products_of(data: Data, dtype: str) -> tuple[int, int, str]:
     """Iterations and products of a fit, and its status."""
     features = jnp.asarray(data.features, dtype)
-    with mock.patch.object(_drivers, "result", wraps=_drivers.result) as end:
+    driver = "jaxsoftmax.regression.solver._drivers"
+    with mock.patch(f"{driver}.result", wraps=_newton.result) as end:
         result = fit(features, jnp.asarray(data.labels), num_classes=data.classes, l2=data.l2)
     products = float(end.call_args.args[1].numbers.products.max())
     return int(result.iterations), round(products), Status(int(result.status)).name

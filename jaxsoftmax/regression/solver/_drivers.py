@@ -12,31 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax._runtime import Array, namespace, precise, read
+from jaxsoftmax._runtime import Array, namespace, precise
 from jaxsoftmax.regression._data import Arguments
 from jaxsoftmax.regression._params import Params
 from jaxsoftmax.regression._result import Fit, Status
 from jaxsoftmax.regression._rows import Examples
 from jaxsoftmax.regression.solver._leaving import put_back, remaining, some_of, state_of
 from jaxsoftmax.regression.solver._model import Frame, Setting, make_frame, model_of
-from jaxsoftmax.regression.solver._newton import (
-    aim,
-    balance,
-    init,
-    next_phase,
-    precondition,
-    search,
-)
-from jaxsoftmax.regression.solver._state import (
-    BALANCE,
-    DONE,
-    PRECONDITION,
-    SEARCH,
-    Limits,
-    Model,
-    Numbers,
-    State,
-)
+from jaxsoftmax.regression.solver._newton import init, next_phase, result, step
+from jaxsoftmax.regression.solver._state import DONE, SEARCH, Limits, Model, Numbers, State
 
 
 class Course(NamedTuple):
@@ -92,40 +76,6 @@ def go_on(
     return model, state, Course(course.start, table, table, log, course.log)
 
 
-def result(model: Model, state: State, limits: Limits) -> Fit:
-    """The fits, with leading problems."""
-    numbers = state.numbers
-    xp = namespace(numbers.value)
-    value, table, gradient = numbers.value, read(state.point.table), read(state.point.gradient)
-    present = read(model.exact.target) > 0
-    params = model.coordinates.params(model.project(table))
-    present = present[:, :, 0].T
-    # Under jit an invalid tolerance is found here.
-    status = xp.where(limits.tol > 0, numbers.status, int(Status.DIVERGED))
-    poison = xp.where(status == int(Status.DIVERGED), float("nan"), 0).astype(value.dtype)
-    bias = xp.where(present, params.bias, -float("inf")) + poison[:, None]
-    gap = numbers.gap / xp.where(value == 0, 1, value) + poison
-    return Fit(
-        params=Params(params.weights + poison[:, None, None], bias.astype(value.dtype)),
-        objective=value,
-        gap=gap.astype(value.dtype),
-        gradient_norm=model.coordinates.gradient_norm(gradient),
-        iterations=numbers.iterations.astype("int32"),
-        status=status.astype("int32"),
-    )
-
-
-def advance(phase: int, model: Model, state: State, limits: Limits, setting: Setting) -> State:
-    """One phase."""
-    if phase <= SEARCH:
-        return search(model, state, limits)
-    if phase == BALANCE:
-        return balance(model, state)
-    if phase == PRECONDITION:
-        return precondition(model, state, setting.sizes, setting.plan)
-    return aim(model, state, limits, setting.sizes)
-
-
 @np.errstate(all="ignore")  # as JAX
 def solve_on_host(arguments: Arguments, l2s: Any, limits: Limits, setting: Setting) -> Fit:
     """Fits under penalties (problems or 1, penalties), driven by Python.
@@ -175,7 +125,7 @@ def run(model: Model, state: State, limits: Limits, setting: Setting) -> State:
             model, limits = some_of(model, limits, some)
             state, index = state_of(state, some), index[some]
         try:
-            state = advance(phase, model, state, limits, setting)
+            state = step(phase, model, state, limits, setting)
         except BaseException as error:
             numbers = state.numbers
             error.add_note(
@@ -241,13 +191,12 @@ def solve_traced(arguments: Arguments, l2s: Array, limits: Limits, setting: Sett
     start = jax.tree.map(lambda v: v.astype(l2s.dtype), arguments.init)
 
     def minimise(model: Model, state: State) -> State:
-        def phase_of(phase: int, packed: Any) -> Any:
-            state = advance(phase, model, unpack(packed), limits, setting)
-            return pack(state)
+        def of_phase(phase: int, packed: Any) -> Any:
+            return pack(step(phase, model, unpack(packed), limits, setting))
 
         def proceed(packed: Any) -> Any:
             phase = next_phase(Numbers(*packed[1]), setting.sizes).astype(jnp.int32)
-            branches = [partial(phase_of, i) for i in range(SEARCH, DONE)]
+            branches = [partial(of_phase, i) for i in range(SEARCH, DONE)]
             return lax.switch(phase - SEARCH, branches, packed)  # CERTIFY is clamped to SEARCH
 
         def going(packed: Any) -> Array:
@@ -261,12 +210,12 @@ def solve_traced(arguments: Arguments, l2s: Array, limits: Limits, setting: Sett
     if len(in_order) == 1:
         return jax.tree.map(lambda values: values[:, None], first)
 
-    def step(carry: tuple[State, Course], l2: Array) -> tuple[tuple[State, Course], Fit]:
+    def next_fit(carry: tuple[State, Course], l2: Array) -> tuple[tuple[State, Course], Fit]:
         model, state, course = go_on(frame, *carry, l2, setting)
         state = minimise(model, state)
         return (state, course), result(model, state, limits)
 
-    _, others = lax.scan(step, (state, course), in_order[1:])
+    _, others = lax.scan(next_fit, (state, course), in_order[1:])
     back = jnp.argsort(order, 1)
 
     def restored(first: Array, others: Array) -> Array:

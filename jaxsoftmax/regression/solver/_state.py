@@ -48,6 +48,11 @@ class Model(NamedTuple):
     def fast(self) -> Rows:
         return self.exact if self.narrow is None else self.narrow
 
+    @property
+    def all_penalised(self) -> bool:
+        """Whether all problems are known to be penalised."""
+        return isinstance(self.penalised, np.ndarray) and bool(self.penalised.all())
+
     def project(self, table: Array) -> Array:
         """The part of a table that can vary: with sum 0 over the present classes.
 
