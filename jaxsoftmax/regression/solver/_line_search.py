@@ -68,5 +68,5 @@ def _radius(numbers: Numbers) -> Array:
 
 
 def to_radius(numbers: Numbers) -> Array:
-    """The part of the direction that is as long as that."""
+    """The part of the direction that is as long as the radius."""
     return _radius(numbers) / namespace(numbers.size).where(numbers.size > 0, numbers.size, 1)
