@@ -1,15 +1,19 @@
-"""L-BFGS, the plain reference."""
+"""L-BFGS, the plain reference.
 
-from collections.abc import Callable
+A fit is rounds: steps down to a gradient norm, then a certificate of the point. As in Newton's
+method, a Python loop drives where the arrays are concrete, else a compiled one.
+"""
+
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax import Array, lax
+from jax import lax
 
-from jaxsoftmax._runtime import precise
+from jaxsoftmax._runtime import Array, namespace, precise, read
 from jaxsoftmax.functional._stable import compute_dtype
 from jaxsoftmax.regression._data import Arguments, make_problem
 from jaxsoftmax.regression._objective import objective
@@ -24,17 +28,11 @@ RUNNING = -1  # the status before one of `Status`
 
 class _Progress(NamedTuple):
     params: Params
-    objective: Array
-    gradient: Params
     opt_state: Any
     least_objective: Array
     least_gradient_norm: Array
     idle: Array
     iterations: Array
-
-    def allowed(self, max_iter: Array) -> Array:
-        """Whether a further step is."""
-        return (self.iterations < max_iter) & (self.idle < _PATIENCE)
 
 
 class _Round(NamedTuple):
@@ -45,8 +43,6 @@ class _Round(NamedTuple):
     fit: Fit
 
 
-@partial(jax.jit, static_argnames=("num_classes", "fit_bias"))
-@precise
 def lbfgs(arguments: Arguments, *, num_classes: int, fit_bias: bool) -> Fit:
     """L-BFGS with a zoom line search (`optax.lbfgs`), until the relative gap is at most `tol`.
 
@@ -54,9 +50,87 @@ def lbfgs(arguments: Arguments, *, num_classes: int, fit_bias: bool) -> Fit:
     asked for at the start and then only when the gradient norm has fallen to where the last
     certificate suggests that the gap is small enough.
     """
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+    solve = _solve_traced if traced else _solve_on_host
+    return solve(arguments, num_classes=num_classes, fit_bias=fit_bias)
+
+
+@np.errstate(all="ignore")  # as JAX
+def _solve_on_host(arguments: Arguments, **static: Any) -> Fit:
+    at = _start(arguments, **static)
+    while _is_running(at):
+        at = _advance(arguments, at, **static)
+    return jax.device_put(at.fit)
+
+
+@partial(jax.jit, static_argnames=("num_classes", "fit_bias"))
+def _solve_traced(arguments: Arguments, **static: Any) -> Fit:
+    advance = partial(_advance, arguments, **static)
+    return lax.while_loop(_is_running, advance, _start(arguments, **static)).fit
+
+
+def _is_running(at: _Round) -> Any:
+    return read(at.fit.status) == RUNNING
+
+
+@partial(jax.jit, static_argnames=("num_classes", "fit_bias"))
+def _start(arguments: Arguments, *, num_classes: int, fit_bias: bool) -> _Round:
+    """The round before the first. The first takes no step, for its threshold is infinite, and
+    certifies the start."""
     dtype = compute_dtype(arguments.features.dtype)
-    tol, max_iter = arguments.tol.astype(dtype), arguments.max_iter
-    l2 = arguments.l2.astype(dtype)
+    init = arguments.init
+    if init is None:
+        zeros = jnp.zeros((num_classes, arguments.features.shape[1]), dtype)
+        init = Params(zeros, jnp.zeros(num_classes, dtype))
+    # A class without examples has no finite bias.
+    finite = jnp.isfinite(init.bias) & fit_bias
+    bias = jnp.where(finite, init.bias, 0).astype(dtype)
+    init = Params(init.weights.astype(dtype), bias)
+    infinite = jnp.full((), jnp.inf, dtype)
+    zero = jnp.zeros((), jnp.int32)
+    # Strong types, as steps give them, or the steps would be compiled twice.
+    opt_state = jax.tree.map(lambda v: v.astype(v.dtype), optax.lbfgs().init(init))
+    progress = _Progress(init, opt_state, infinite, infinite, zero, zero)
+    nothing = Fit(init, infinite, infinite, infinite, zero, zero + RUNNING)
+    return _Round(progress, infinite, nothing)
+
+
+def _advance(arguments: Arguments, before: _Round, **static: Any) -> _Round:
+    """The next round."""
+    at = _descend(arguments, before.progress, before.threshold, **static)
+    point = arguments._replace(init=at.params, max_iter=np.int32(0))
+    found = jax.tree.map(read, minimise(point, **static))
+    iterations, idle, iterations_before, threshold = map(
+        read, (at.iterations, at.idle, before.progress.iterations, before.threshold)
+    )
+    xp = namespace(iterations)
+    # After the first round, one without a step can never be followed by one with a step.
+    stuck = (iterations == iterations_before) & ~xp.isposinf(threshold)
+    status = xp.select(
+        [
+            found.status != Status.MAX_ITER,
+            iterations >= arguments.max_iter,
+            (idle >= _PATIENCE) | stuck,
+        ],
+        [found.status, Status.MAX_ITER, Status.STALLED],
+        RUNNING,
+    )
+    # Near the optimum the gap falls with the square of the gradient norm.
+    tol = arguments.tol.astype(found.gap.dtype)
+    factor = xp.clip(xp.sqrt(tol / found.gap), 1e-3, 0.5)
+    return _Round(
+        progress=at,
+        threshold=factor * xp.minimum(found.gradient_norm, threshold),
+        fit=found._replace(iterations=iterations, status=status.astype("int32")),
+    )
+
+
+@partial(jax.jit, static_argnames=("num_classes", "fit_bias"))
+@precise
+def _descend(
+    arguments: Arguments, at: _Progress, threshold: Array, *, num_classes: int, fit_bias: bool
+) -> _Progress:
+    """Steps until the gradient norm is at most `threshold`, or no further step is allowed."""
     problem = make_problem(
         arguments.features,
         arguments.labels,
@@ -64,99 +138,36 @@ def lbfgs(arguments: Arguments, *, num_classes: int, fit_bias: bool) -> Fit:
         arguments.offset,
         num_classes=num_classes,
     )
+    l2 = arguments.l2.astype(compute_dtype(arguments.features.dtype))
+    optimizer = optax.lbfgs()
 
     def value_fn(params: Params) -> Array:
         return objective(params, problem, l2, fit_bias=fit_bias)
 
-    def certify(params: Params) -> Fit:
-        at = arguments._replace(init=params, max_iter=jnp.zeros_like(max_iter))
-        return minimise(at, num_classes=num_classes, fit_bias=fit_bias)
+    def proceed(carry: tuple[_Progress, Array, Params]) -> Array:
+        at, value, gradient = carry
+        allowed = (at.iterations < arguments.max_iter) & (at.idle < _PATIENCE)
+        return allowed & (optax.tree.norm(gradient) > threshold) & jnp.isfinite(value)
 
-    optimizer = optax.lbfgs()
-
-    def advance(before: _Round) -> _Round:
-        def proceed(at: _Progress) -> Array:
-            steep = optax.tree.norm(at.gradient) > before.threshold
-            return at.allowed(max_iter) & steep & jnp.isfinite(at.objective)
-
-        at = lax.while_loop(proceed, partial(_step, optimizer, value_fn), before.progress)
-        found = certify(at.params)
-        # After the first round, one without a step can never be followed by one with a step.
-        stuck = (at.iterations == before.progress.iterations) & ~jnp.isposinf(before.threshold)
-        status = jnp.select(
-            [
-                found.status != Status.MAX_ITER,
-                at.iterations >= max_iter,
-                (at.idle >= _PATIENCE) | stuck,
-            ],
-            [found.status, Status.MAX_ITER, Status.STALLED],
-            RUNNING,
+    def step(carry: tuple[_Progress, Array, Params]) -> tuple[_Progress, Array, Params]:
+        at, value, gradient = carry
+        # optax mixes integer dtypes, which strict promotion, if a user has set it, refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(
+                gradient, at.opt_state, at.params, value=value, grad=gradient, value_fn=value_fn
+            )
+        value, gradient = (optax.tree.get(opt_state, name) for name in ("value", "grad"))
+        norm = optax.tree.norm(gradient)
+        progress = (value < at.least_objective) | (norm < at.least_gradient_norm)
+        new = _Progress(
+            params=optax.apply_updates(at.params, updates),
+            opt_state=opt_state,
+            least_objective=jnp.minimum(value, at.least_objective),
+            least_gradient_norm=jnp.minimum(norm, at.least_gradient_norm),
+            idle=jnp.where(progress, 0, at.idle + 1),
+            iterations=at.iterations + 1,
         )
-        bias = jnp.where(jnp.isneginf(found.params.bias), 0, found.params.bias)
-        params = found.params._replace(bias=bias)
-        gradient = jax.grad(value_fn)(params)
-        # Near the optimum the gap falls with the square of the gradient norm.
-        factor = jnp.clip(jnp.sqrt(tol / found.gap), 1e-3, 0.5)
-        return _Round(
-            progress=at._replace(params=params, objective=found.objective, gradient=gradient),
-            threshold=factor * jnp.minimum(found.gradient_norm, before.threshold),
-            fit=found._replace(iterations=at.iterations, status=status),
-        )
+        return new, value, gradient
 
-    # The first round takes no step, for its threshold is infinite, and certifies the start.
-    start = _start(arguments, optimizer, dtype, num_classes=num_classes, fit_bias=fit_bias)
-    return lax.while_loop(lambda at: at.fit.status == RUNNING, advance, start).fit
-
-
-def _start(
-    arguments: Arguments, optimizer: Any, dtype: Any, *, num_classes: int, fit_bias: bool
-) -> _Round:
-    """The round before the first."""
-    init = arguments.init
-    if init is None:
-        zeros = jnp.zeros((num_classes, arguments.features.shape[1]), dtype)
-        init = Params(zeros, jnp.zeros(num_classes, dtype))
-    # A class without examples has no finite bias.
-    finite = jnp.isfinite(init.bias) & fit_bias
-    init = init._replace(bias=jnp.where(finite, init.bias, 0))
-    infinite = jnp.full_like(init.bias, jnp.inf, shape=())
-    zero = jnp.zeros((), jnp.int32)
-    progress = _Progress(
-        params=init,
-        objective=infinite,
-        gradient=init,
-        opt_state=optimizer.init(init),
-        least_objective=infinite,
-        least_gradient_norm=infinite,
-        idle=zero,
-        iterations=zero,
-    )
-    nothing = Fit(init, infinite, infinite, infinite, zero, zero + RUNNING)
-    return _Round(progress, infinite, nothing)
-
-
-def _step(optimizer: Any, value_fn: Callable[[Params], Array], at: _Progress) -> _Progress:
-    """One step of the optimizer."""
-    # optax mixes integer dtypes, which strict promotion, if a user has set it, refuses.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = optimizer.update(
-            at.gradient,
-            at.opt_state,
-            at.params,
-            value=at.objective,
-            grad=at.gradient,
-            value_fn=value_fn,
-        )
-    objective, gradient = (optax.tree.get(opt_state, name) for name in ("value", "grad"))
-    gradient_norm = optax.tree.norm(gradient)
-    progress = (objective < at.least_objective) | (gradient_norm < at.least_gradient_norm)
-    return _Progress(
-        params=optax.apply_updates(at.params, updates),
-        objective=objective,
-        gradient=gradient,
-        opt_state=opt_state,
-        least_objective=jnp.minimum(objective, at.least_objective),
-        least_gradient_norm=jnp.minimum(gradient_norm, at.least_gradient_norm),
-        idle=jnp.where(progress, 0, at.idle + 1),
-        iterations=at.iterations + 1,
-    )
+    value, gradient = jax.value_and_grad(value_fn)(at.params)
+    return lax.while_loop(proceed, step, (at, value, gradient))[0]
