@@ -11,18 +11,10 @@ import pytest
 from jax.test_util import check_grads
 
 from jaxsoftmax import Fit, Params, Status, linear_logits
-from jaxsoftmax.regression._coordinates import RowSpace
+from jaxsoftmax.regression import _objective
+from jaxsoftmax.regression._coordinates import Coordinates, RowSpace
 from jaxsoftmax.regression._data import Problem, make_problem
-from jaxsoftmax.regression._objective import (
-    as_they_came,
-    evaluate,
-    hessian_product,
-    hessian_weight,
-    losses_and_residuals,
-    point_at,
-    table_of,
-)
-from jaxsoftmax.regression._objective import objective as objective_of
+from jaxsoftmax.regression._objective import as_they_came, losses_and_residuals, table_of
 from jaxsoftmax.regression._penalty import Ridge
 from jaxsoftmax.regression._plan import Plan
 from jaxsoftmax.regression._rows import Dense, Examples, Raw
@@ -44,17 +36,25 @@ ARRAYS: dict[str, Any] = {
     "offset": jnp.asarray(RNG.normal(size=(EXAMPLES, CLASSES)), WIDE),
 }
 
+evaluate = jax.jit(_objective.evaluate)
+hessian_product = jax.jit(_objective.hessian_product)
+hessian_weight = jax.jit(_objective.hessian_weight)
+point_at = jax.jit(_objective.point_at)
 
+
+@jax.jit
 def problem(**changed: Any) -> Problem:
     return make_problem(**(ARRAYS | changed), num_classes=CLASSES)
 
 
+@jax.jit
 def rows_and_penalty(l2: float = L2, **changed: Any) -> tuple[Examples, Ridge]:
     return as_they_came(problem(**changed), CLASSES, jnp.asarray(l2, WIDE))
 
 
+@jax.jit
 def objective(at: Params, l2: float = L2, **changed: Any) -> jax.Array:
-    return objective_of(at, problem(**changed), jnp.asarray(l2, WIDE))
+    return _objective.objective(at, problem(**changed), jnp.asarray(l2, WIDE))
 
 
 def params(seed: int = 1) -> Params:
@@ -63,6 +63,11 @@ def params(seed: int = 1) -> Params:
         jnp.asarray(rng.normal(size=(CLASSES, WIDTH)), WIDE),
         jnp.asarray(rng.normal(size=CLASSES), WIDE),
     )
+
+
+@partial(jax.jit, static_argnums=2)
+def coordinates_of(features: jax.Array, share: jax.Array, plan: Plan) -> Coordinates:
+    return standard_coordinates(features, share, fit_bias=True, plan=plan)
 
 
 def close(actual: Any, expected: Any, scale: float = 100) -> None:
@@ -91,7 +96,7 @@ def test_value_and_gradient_are_those_of_the_log_likelihood(block: int, by_class
 
     rows, penalty = rows_and_penalty(**changed)
     value, point = evaluate(replace(rows, block=block), penalty, table_of(params()))
-    expected, gradient = jax.value_and_grad(log_likelihood)(params())
+    expected, gradient = jax.jit(jax.value_and_grad(log_likelihood))(params())
     close(value[0], expected)
     close(point.gradient, table_of(gradient))
 
@@ -99,7 +104,7 @@ def test_value_and_gradient_are_those_of_the_log_likelihood(block: int, by_class
 @BLOCKS
 def test_the_product_is_that_of_the_dense_hessian(block: int) -> None:
     at, v = params(), params(2)
-    _, expected = jax.jvp(jax.grad(objective), (at,), (v,))
+    _, expected = jax.jit(partial(jax.jvp, jax.grad(objective)))((at,), (v,))
     rows, penalty = rows_and_penalty()
     rows = replace(rows, block=block)
     found = hessian_product(rows, penalty, point_at(rows, table_of(at)), table_of(v))
@@ -143,7 +148,7 @@ def test_derivatives_of_losses_and_residuals_equal_finite_differences() -> None:
 def test_coordinates_have_mean_zero_and_size_one_and_give_the_same_objective(plan: Plan) -> None:
     far = ARRAYS["features"] * jnp.array([1e-3, 1, 1, 1e3], WIDE) + 2
     data = problem(features=far)
-    of = standard_coordinates(far, data.share, fit_bias=True, plan=plan)
+    of = coordinates_of(far, data.share, plan)
     columns = of.standardise(far)
     close(data.share @ columns[:, :-1], jnp.zeros(WIDTH), 1e4)
     close(data.share @ jnp.abs(columns), jnp.ones(WIDTH + 1), 1e4)
@@ -167,7 +172,7 @@ def test_coordinates_have_mean_zero_and_size_one_and_give_the_same_objective(pla
 
 def test_a_constant_column_has_no_deviation_whatever_its_size() -> None:
     features = ARRAYS["features"].at[:, 1].set(1e6 / 3)
-    of = standard_coordinates(features, problem().share, fit_bias=True, plan=Plan())
+    of = coordinates_of(features, problem().share, Plan())
     np.testing.assert_array_equal(of.inverse > 0, [True, False, True, True])
     assert not of.standardise(features)[:, 1].any()
 
@@ -175,7 +180,7 @@ def test_a_constant_column_has_no_deviation_whatever_its_size() -> None:
 def test_the_space_of_the_rows_has_the_same_objective() -> None:
     features = jnp.asarray(np.random.default_rng(0).normal(size=(EXAMPLES, 50)) + 1, WIDE)
     mean = problem().share @ features
-    space, coordinates = RowSpace.of(features, mean)
+    space, coordinates = jax.jit(RowSpace.of)(features, mean)
     assert coordinates.shape == (EXAMPLES, EXAMPLES)
     inner = jnp.asarray(np.random.default_rng(1).normal(size=(CLASSES, EXAMPLES)), WIDE)
     close((features - mean) @ space.outward(inner).T, coordinates @ inner.T, 1e4)
@@ -184,7 +189,7 @@ def test_the_space_of_the_rows_has_the_same_objective() -> None:
 
 def standard_rows() -> Examples:
     data = problem()
-    of = standard_coordinates(data.features, data.share, fit_bias=True, plan=Plan())
+    of = coordinates_of(data.features, data.share, Plan())
     return Examples.of(data, Dense(of.standardise(data.features)), CLASSES, EXAMPLES)
 
 
@@ -312,7 +317,9 @@ def test_the_hessian_is_solved_for(fit_bias: bool) -> None:
     if not fit_bias:
         wanted = wanted._replace(bias=jnp.zeros_like(wanted.bias))
     right = hessian_product(rows, penalty, point_at(rows, table), table_of(wanted))
-    found = solve_hessian(table, rows, penalty, right, fit_bias=fit_bias)
+    found = jax.jit(solve_hessian, static_argnames="fit_bias")(
+        table, rows, penalty, right, fit_bias=fit_bias
+    )
     jax.tree.map(lambda a, b: close(a, b, 1e4), found, wanted)
 
 
@@ -362,7 +369,7 @@ def test_without_penalty_the_gap_is_half_the_squared_newton_decrement_near_the_o
         return objective(Params(weights.reshape(CLASSES, WIDTH), bias), 0.0)
 
     flat = jnp.concatenate([found.params.weights.ravel(), found.params.bias])
-    gradient, hessian = jax.grad(flat_objective)(flat), jax.hessian(flat_objective)(flat)
+    gradient, hessian = (jax.jit(of(flat_objective))(flat) for of in (jax.grad, jax.hessian))
     expected = gradient @ np.linalg.pinv(hessian, rcond=1e-5) @ gradient / 2
     np.testing.assert_allclose(found.gap * found.objective, expected, rtol=2e-2)
 

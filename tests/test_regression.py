@@ -384,7 +384,6 @@ def test_derivatives_of_a_fit_equal_finite_differences(labelled: str, fit_bias: 
     if labelled == "probabilities":
         arguments["logits"] = jnp.asarray(rng.normal(size=(EXAMPLES, CLASSES)))
 
-    @jax.jit
     def fitted(arguments: dict[str, Any]) -> tuple[Params, jax.Array]:
         kwargs = dict(arguments)
         of = softmax(kwargs.pop("logits")) if "logits" in kwargs else labels
@@ -406,7 +405,6 @@ def test_derivatives_of_many_features_and_few_examples_equal_finite_differences(
     rng = np.random.default_rng(0)
     features, labels = jnp.asarray(rng.normal(size=(12, 30)) + 1), rng.integers(0, CLASSES, 12)
 
-    @jax.jit
     def fitted(features: jax.Array, l2: jax.Array) -> tuple[Params, jax.Array]:
         result = fit(features, labels, num_classes=CLASSES, l2=l2, tol=1e-14)
         return result.params, result.objective
