@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsoftmax import Fit, Params, Status, fit
+from jaxsoftmax.regression import _data, _objective
 from jaxsoftmax.regression._fit import check_arguments
 from jaxsoftmax.regression._plan import Plan
 from jaxsoftmax.regression.solver._vmapped import minimise
@@ -15,6 +16,10 @@ from tests.helpers import WIDE
 EXAMPLES, WIDTH, CLASSES = 60, 4, 3
 TOL = 1e-10 if jnp.float64 == WIDE else 1e-6
 L2 = 1e-2
+
+# As one program each, not one for every operation.
+make_problem = jax.jit(_data.make_problem, static_argnames="num_classes")
+objective = jax.jit(_objective.objective, static_argnames="fit_bias")
 
 
 def data(seed: int = 0) -> tuple[jax.Array, jax.Array]:

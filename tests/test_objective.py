@@ -9,9 +9,10 @@ from sklearn._loss import HalfMultinomialLoss
 from sklearn.linear_model._linear_loss import LinearModelLoss
 
 from jaxsoftmax import Params, linear_logits
-from jaxsoftmax.regression._data import Problem, make_problem
+from jaxsoftmax.regression._data import Problem
 from jaxsoftmax.regression._objective import as_they_came
-from jaxsoftmax.regression._objective import objective as objective_of
+from tests.fits import make_problem
+from tests.fits import objective as objective_of
 from tests.helpers import WIDE, eps, in_double
 
 EXAMPLES, WIDTH, CLASSES, L2 = 30, 4, 3, 0.05

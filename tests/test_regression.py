@@ -11,10 +11,20 @@ from jax.test_util import check_grads
 from sklearn.linear_model import LogisticRegression
 
 from jaxsoftmax import Fit, Params, Status, diverging_weights, fit, linear_logits, softmax
-from jaxsoftmax.regression._data import make_problem
-from jaxsoftmax.regression._objective import objective
 from jaxsoftmax.regression._plan import Plan
-from tests.fits import CLASSES, EXAMPLES, L2, TOL, WIDTH, data, planned_fit, small_fit, status
+from tests.fits import (
+    CLASSES,
+    EXAMPLES,
+    L2,
+    TOL,
+    WIDTH,
+    data,
+    make_problem,
+    objective,
+    planned_fit,
+    small_fit,
+    status,
+)
 from tests.helpers import WIDE, eps, in_double
 
 pytestmark = pytest.mark.slow

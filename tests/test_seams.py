@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from jaxsoftmax import Fit, Status
-from jaxsoftmax.regression._data import make_problem
 from jaxsoftmax.regression._plan import Plan
 from jaxsoftmax.regression._rows import Dense, Examples
 from jaxsoftmax.regression.solver._drivers import begin, run
@@ -19,7 +18,7 @@ from jaxsoftmax.regression.solver._model import Frame, Setting, standard_coordin
 from jaxsoftmax.regression.solver._newton import result, step
 from jaxsoftmax.regression.solver._state import Limits, State
 from tests.benchmarks.first_call import OURS, kernels
-from tests.fits import CLASSES, EXAMPLES, L2, TOL, WIDTH, data, small_fit, status
+from tests.fits import CLASSES, EXAMPLES, L2, TOL, WIDTH, data, make_problem, small_fit, status
 from tests.helpers import WIDE, X64, eps
 
 close = partial(np.testing.assert_allclose, rtol=1e-3, atol=(2 * TOL * np.log(CLASSES) / L2) ** 0.5)

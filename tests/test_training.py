@@ -10,8 +10,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from jaxsoftmax import Params, training
-from jaxsoftmax.regression._data import make_problem
-from jaxsoftmax.regression._objective import objective
+from tests.fits import make_problem, objective
 from tests.helpers import WIDE
 
 pytestmark = [pytest.mark.single, pytest.mark.slow]
