@@ -62,6 +62,7 @@ VARIED: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.single
 @pytest.mark.parametrize("varied", VARIED)
 def test_problems_side_by_side_equal_single_fits(varied: str) -> None:
     features, labels = data()
@@ -101,6 +102,7 @@ def test_paths_side_by_side_equal_single_fits_whatever_the_order_of_vmap() -> No
             same(entry(own_penalties, i, k), single)
 
 
+@pytest.mark.single
 def test_groups_of_problems_equal_single_fits() -> None:
     """Groups whose size does not divide their number."""
     features, labels = data()
@@ -175,6 +177,7 @@ def test_a_problem_without_optimum_leaves_the_others_alone() -> None:
     same(entry(fits, 4), small_fit(features, labels, sample_weight=bad[4]))
 
 
+@pytest.mark.single
 def test_problems_that_lack_a_class_keep_its_place() -> None:
     features, labels = data()
     without = jnp.stack([jnp.where(labels == k, 0, 1) for k in range(CLASSES)]).astype(WIDE)
@@ -186,6 +189,7 @@ def test_problems_that_lack_a_class_keep_its_place() -> None:
         same(entry(fits, k), small_fit(features, labels, sample_weight=without[k]))
 
 
+@pytest.mark.single
 def test_problems_with_more_columns_than_examples_equal_single_fits() -> None:
     rng = np.random.default_rng(0)
     features, labels = jnp.asarray(rng.normal(size=(12, 20)), WIDE), jnp.arange(12) % CLASSES
@@ -199,6 +203,7 @@ def test_problems_with_more_columns_than_examples_equal_single_fits() -> None:
         same(entry(fits, i), fitted(weight[i]))
 
 
+@pytest.mark.single
 @pytest.mark.parametrize("l2", [L2, 0.0])
 def test_a_column_that_is_constant_in_one_problem_gets_weight_0_there(l2: float) -> None:
     features, labels = data()
@@ -211,6 +216,7 @@ def test_a_column_that_is_constant_in_one_problem_gets_weight_0_there(l2: float)
         same(entry(fits, i), small_fit(features, labels, sample_weight=weight[i], l2=l2), 1e-2)
 
 
+@pytest.mark.single
 def test_narrower_features_may_be_filled_up_with_zeros() -> None:
     """As layers of different widths are, to be fitted in one program."""
     features, labels = data()
@@ -238,6 +244,7 @@ def test_the_features_are_not_copied_for_each_problem() -> None:
     assert examples * width <= max(sizes) <= examples * (width + 1)
 
 
+@pytest.mark.single
 def test_derivatives_of_paths_side_by_side_are_those_of_single_fits() -> None:
     features, labels = data()
     l2s = jnp.asarray([0.3, 1e-2], WIDE)

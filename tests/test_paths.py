@@ -59,6 +59,7 @@ def test_a_path_equals_scikit_learn() -> None:
         np.testing.assert_allclose(path.params.bias[i], model.intercept_, atol=atol)
 
 
+@pytest.mark.single
 def test_a_path_is_compiled_once() -> None:
     features, labels = data()
     traces = 0
@@ -102,6 +103,7 @@ def test_a_path_with_more_columns_than_examples_equals_single_fits() -> None:
         same(entry(path, i), fit(features, labels, num_classes=CLASSES, l2=l2, tol=TOL))
 
 
+@pytest.mark.single
 def test_derivatives_of_a_path_are_those_of_single_fits() -> None:
     features, labels = data()
 

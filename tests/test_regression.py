@@ -455,6 +455,7 @@ def test_products_have_full_precision_on_every_device() -> None:
             assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
+@pytest.mark.single
 def test_derivatives_of_a_fit_under_vmap_equal_a_loop() -> None:
     features, labels = data()
 

@@ -199,6 +199,7 @@ def test_a_penalty_that_is_invalid_is_not_chosen_and_has_no_score() -> None:
     assert int(result.one_standard_error) in (1, 2)
 
 
+@pytest.mark.single
 def test_many_divisions_into_folds_in_one_program() -> None:
     features, labels = data()
     keys = jax.random.split(jax.random.key(0), 2)
