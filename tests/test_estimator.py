@@ -38,7 +38,7 @@ from jaxsoftmax.regression.solver._model import make_frame
 from tests.helpers import X64
 
 # Bad parameters and integers for floats go in on purpose.
-pytestmark = pytest.mark.usefixtures("no_jaxtyping")
+pytestmark = [pytest.mark.usefixtures("no_jaxtyping"), pytest.mark.slow]
 # It sets the precision of its computations itself: the double run asks only whether it does.
 single = pytest.mark.single
 NAMES = ["a", "b", "c", "d"]
@@ -56,7 +56,6 @@ def fitted() -> SoftmaxRegression:
 
 
 @single
-@pytest.mark.slow
 @parametrize_with_checks([SoftmaxRegression()])
 def test_scikit_learns_checks(estimator: Any, check: Callable[[Any], None]) -> None:
     check(estimator)
@@ -73,7 +72,6 @@ DATASETS: dict[str, Callable[[], tuple[NDArray[Any], NDArray[Any]]]] = {
 
 
 @single
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, np.float64) for name in DATASETS), ("iris", np.float32), ("two classes", np.float32)],

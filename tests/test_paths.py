@@ -103,6 +103,7 @@ def test_a_path_with_more_columns_than_examples_equals_single_fits() -> None:
         same(entry(path, i), fit(features, labels, num_classes=CLASSES, l2=l2, tol=TOL))
 
 
+@pytest.mark.slow
 @pytest.mark.single
 def test_derivatives_of_a_path_are_those_of_single_fits() -> None:
     features, labels = data()

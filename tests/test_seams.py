@@ -132,6 +132,7 @@ def test_both_drivers_take_the_same_steps(name: str) -> None:
     np.testing.assert_allclose(traced.objective, host.objective, rtol=1e-5, atol=10 * eps(WIDE))
 
 
+@pytest.mark.slow
 @pytest.mark.single
 def test_vmap_outside_jit_is_driven_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = data()
@@ -181,6 +182,7 @@ call = lambda: cross_validate(images.astype(np.float32), digits, num_classes=10,
 """
 
 
+@pytest.mark.slow
 @pytest.mark.single
 @pytest.mark.parametrize(
     ("code", "most"),

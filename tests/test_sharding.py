@@ -223,7 +223,7 @@ def examples() -> tuple[jax.Array, jax.Array]:
         (AxisType.Auto, "newton_cg", True),
         (AxisType.Explicit, "newton_cg", True),
         (AxisType.Explicit, "newton_cg", False),
-        (AxisType.Explicit, "lbfgs", False),
+        pytest.param(AxisType.Explicit, "lbfgs", False, marks=pytest.mark.slow),
     ],
 )
 def test_a_fit_of_sharded_examples_is_that_of_whole_ones(

@@ -20,6 +20,8 @@ from tests.fits import CLASSES, EXAMPLES, data
 from tests.helpers import WIDE
 from tests.test_paths import DOUBLE, L2S, TOL, entry, same, small_fit
 
+pytestmark = pytest.mark.slow
+
 FOLDS = 3
 ATOL = 1e-5 if DOUBLE else 3e-3
 
