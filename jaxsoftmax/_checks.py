@@ -4,6 +4,7 @@ Every message names the argument and says what was expected and what came. Value
 where they are known, see `known`.
 """
 
+import numbers
 import operator
 import reprlib
 from collections.abc import Sequence
@@ -40,16 +41,40 @@ def known(value: ArrayLike) -> NDArray[Any] | None:
 
 
 def _described(value: Any) -> str:
-    """A value in words for a message: of an array its shape and dtype."""
-    if isinstance(value, (Array, np.ndarray)) and value.ndim:
-        return f"an array of shape {value.shape} and dtype {value.dtype}"
-    return reprlib.repr(value)  # the beginning of a long one
+    """A value in words for a message: of an array its shape and dtype, and what is no number."""
+    if not isinstance(value, Array) and hasattr(value, "__array__"):
+        value = np.asarray(value)
+    if not isinstance(value, (Array, np.ndarray)) or not value.ndim:
+        return reprlib.repr(value)  # the beginning of a long one
+    words = f"an array of shape {value.shape} and dtype {value.dtype}"
+    if value.dtype == object:
+        other = next((v for v in value.flat if not isinstance(v, numbers.Number)), None)
+        words += f" with the entry {other!r}" if other is not None else ""
+    return words
+
+
+def as_jax_takes_it(name: str, value: Any) -> Any:
+    """`value`, of which an array of NumPy has no mask, and the byte order of the machine."""
+    if isinstance(value, np.ma.MaskedArray):
+        if np.ma.is_masked(value):
+            raise ValueError(
+                f"{name} must have no masked entry, got {np.ma.count_masked(value)}: fill them or "
+                "drop their examples"
+            )
+        value = value.data
+    if isinstance(value, np.ndarray | np.generic):
+        if not value.dtype.isnative:
+            value = value.astype(value.dtype.newbyteorder("="))
+        if value.dtype.kind == "f" and value.dtype.itemsize > 8:
+            raise TypeError(f"{name} must have at most 64 bits a number, got dtype {value.dtype}")
+    return value
 
 
 def array(name: str, value: ArrayLike) -> Array:
     """`value` as a JAX array."""
     if isinstance(value, Array):
         return value
+    value = as_jax_takes_it(name, value)
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -63,7 +88,7 @@ def own_dtype(value: ArrayLike | None) -> Any:
         return None
     if isinstance(value, Array) and jax.typeof(value).weak_type:
         return None
-    dtype = jax.dtypes.canonicalize_dtype(value.dtype)
+    dtype = jax.dtypes.canonicalize_dtype(value.dtype.newbyteorder("="))
     return dtype if jnp.issubdtype(dtype, jnp.inexact) else None
 
 
@@ -71,6 +96,7 @@ def label_array(value: ArrayLike, ignore_label: int | None = None) -> Array:
     """Labels as a JAX array; integers too large for its dtype stay out of range, unwrapped."""
     if isinstance(value, Array):
         return value
+    value = as_jax_takes_it("labels", value)
     try:
         labels = known(value)
     except (TypeError, ValueError):  # `array` says it
@@ -234,12 +260,12 @@ def known_scalar(name: str, value: ArrayLike, *, positive: bool = False) -> _run
 
 def penalties(name: str, value: ArrayLike) -> Array:
     """`value` as a floating-point array of rank 1 with an entry; if known, of at least 0."""
-    numbers = real_array(name, value)
-    if numbers.ndim != 1 or numbers.size == 0:
-        raise ValueError(f"{name} must have shape (penalties,), got shape {numbers.shape}")
+    l2s = real_array(name, value)
+    if l2s.ndim != 1 or l2s.size == 0:
+        raise ValueError(f"{name} must have shape (penalties,), got shape {l2s.shape}")
     if (x := known(value)) is not None and not (x >= 0).all():
         raise ValueError(f"{name} must be at least 0, got {x.min()}")
-    return numbers
+    return l2s
 
 
 def weights(name: str, value: ArrayLike, count: int) -> Array:

@@ -18,6 +18,7 @@ Shapes are those of `jaxsoftmax.regression`. A batch is a problem of its own, wi
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import jax
@@ -86,8 +87,14 @@ def init(
     num_classes = _checks.integer("num_classes", num_classes, least=2)
     if jnp.dtype(dtype) not in (jnp.dtype("float32"), jnp.dtype("float64")):
         raise TypeError(f"dtype must be float32 or float64, got {jnp.dtype(dtype)}")
-    params = Params(jnp.zeros((num_classes, num_features), dtype), jnp.zeros(num_classes, dtype))
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    @jax.jit  # Results are memory of their own, even if an optimiser keeps the parameters.
+    def start() -> TrainState:
+        weights = jnp.zeros((num_classes, num_features), dtype)
+        params = Params(weights, jnp.zeros(num_classes, dtype))
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    return start()
 
 
 @partial(jax.jit, static_argnames="optimizer", donate_argnames="state")
@@ -207,7 +214,10 @@ def shuffled_batches(
       ValueError: `batch_size` is below 1, or features and labels differ in number.
     """
     batch_size = _checks.integer("batch_size", batch_size, least=1)
-    features, labels = np.asarray(features), np.asarray(labels)
+    features, labels = (
+        np.asarray(_checks.as_jax_takes_it(name, value))
+        for name, value in (("features", features), ("labels", labels))
+    )
     if len(features) != len(labels):
         raise ValueError(f"labels must be as many as features, {len(features)}, got {len(labels)}")
     order = np.asarray(jax.random.permutation(key, len(features)))
@@ -228,7 +238,7 @@ def train(
     epochs: int,
     batch_size: int,
     l2: Shaped[ArrayLike, ""] = 0.0,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> tuple[TrainState, Float[Array, " steps"]]:
     """Train for some epochs over shuffled batches, with a progress bar.
 
@@ -243,8 +253,8 @@ def train(
       epochs: passes over the examples, at least 1.
       batch_size: examples a step, at least 1; at most all are taken.
       l2: penalty on the weights per mean loss.
-      progress: show a tqdm progress bar with the mean objective of the last epoch; needs
-        `jaxsoftmax[train]`.
+      progress: show a tqdm progress bar with the mean objective of the last epoch, for which
+        `jaxsoftmax[train]` brings tqdm; None for a bar where it is installed.
 
     Returns:
       The state after the last step, and the objective of every step in nats.
@@ -253,7 +263,7 @@ def train(
       TypeError: an array is not real, `labels` is boolean or floating without a class axis, or a
         number is not an integer.
       ValueError: a shape does not fit, a number is too small, or a label is out of range.
-      ModuleNotFoundError: `progress` is wanted and tqdm is not installed.
+      ModuleNotFoundError: `progress` is True and tqdm is not installed.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -277,6 +287,8 @@ def train(
     batch_size = min(_checks.integer("batch_size", batch_size, least=1), examples)
     steps = -(-examples // batch_size)
     losses: list[Array] = []
+    if progress is None:
+        progress = find_spec("tqdm") is not None
     bar = progress_bar(epochs * steps, "step", "progress", False) if progress else None
     for epoch_key in jax.random.split(key, epochs):
         for batch in shuffled_batches(features, labels, batch_size=batch_size, key=epoch_key):

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -22,9 +23,9 @@ from jaxsoftmax.estimator._advice import advice
 from jaxsoftmax.estimator._conversions import (
     Examples,
     Numbers,
-    check_present,
     double,
     float_dtypes,
+    known_labels,
     padded,
     scikit_learns,
 )
@@ -100,6 +101,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
 
         Raises:
           NotFittedError: there was no `fit` yet.
+          FileNotFoundError: there is no such folder.
           ModuleNotFoundError: safetensors is not installed; `jaxsoftmax[sklearn]` brings it.
           TypeError: a class or a parameter is neither a string nor a boolean nor a number, as a
             splitter or a function is.
@@ -112,6 +114,8 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
             params["class_weight"] = [
                 [np.asarray(key).item(), weight] for key, weight in params["class_weight"].items()
             ]
+        if not (folder := Path(path).absolute().parent).is_dir():
+            raise FileNotFoundError(f"there is no folder {folder} to write {Path(path).name} into")
         header = {
             "estimator": type(self).__name__,
             "dtype": str(self.coef_.dtype),
@@ -136,7 +140,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         Raises:
           FileNotFoundError: there is no such file.
           ModuleNotFoundError: safetensors is not installed; `jaxsoftmax[sklearn]` brings it.
-          ValueError: the file is damaged, truncated, or of something else.
+          ValueError: the file is damaged, truncated, or of something else, or it is a folder.
         """
         try:
             arrays, header = _persistence.load(path)
@@ -159,6 +163,11 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
             value = fitted[name]
             value = _persistence.decoded(value) if isinstance(value, dict) else value
             setattr(model, name, value)
+        rows = len(model.classes_) if len(model.classes_) > 2 else 1
+        shapes = {"coef_": (rows, model.n_features_in_), "intercept_": (rows,)}
+        for name, shape in shapes.items():
+            if arrays[name].shape != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {arrays[name].shape}")
         return model
 
     def _outputs(self, X: Any, link: Callable[[Array], Array] | None) -> Numbers:
@@ -172,8 +181,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
 
     def _examples(self, X: Any, y: Any, *, reset: bool) -> tuple[Numbers, Numbers]:
         """Features as float32 or float64, as scikit-learn would convert them, and labels."""
-        check_present(y)
-        X, y = self._checked(X, y=y, reset=reset)
+        X, y = self._checked(X, y=known_labels(y), reset=reset)
         check_classification_targets(y)
         return X, y
 
@@ -184,6 +192,8 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         labels = self._encoded(y)
         weight = self._weights(sample_weight, self.class_weight, X, y)
         if not weight.any():
+            if sample_weight is not None and not np.any(sample_weight):
+                raise ValueError("Sample weights must contain at least one non-zero number.")
             raise ValueError(f"class_weight leaves no example a weight: {self.class_weight}")
         share = (weight / weight.max()).astype(X.dtype)
         present = self.classes_[np.bincount(labels, share, len(self.classes_)) > 0]
@@ -245,8 +255,6 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
     def _weights(self, sample_weight: Any, class_weight: Any, X: Numbers, y: Numbers) -> Numbers:
         """Weights of the examples in float64, those of their classes included."""
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        if not weight.any():
-            raise ValueError("Sample weights must contain at least one non-zero number.")
         if class_weight is not None:
             # An example of weight 0 is no example: it does not count as one of its class.
             counted = weight > 0 if class_weight == "balanced" else np.ones(len(y), bool)

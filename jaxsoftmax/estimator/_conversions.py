@@ -1,5 +1,6 @@
 """Between what scikit-learn takes and gives, and what JAX computes."""
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -65,7 +66,7 @@ def penalty(C: Any, weight: Any, present: int) -> Any:
 
 def solver_tol(tol: float, dtype: Any) -> float:
     """The tolerance of the solver for a `tol` of scikit-learn: its square, where that is less."""
-    return max(min(tol, tol**2), float(np.finfo(dtype).tiny))
+    return max(min(tol, tol * tol), float(np.finfo(dtype).tiny))
 
 
 def scikit_learns(params: Params) -> Params:
@@ -83,22 +84,32 @@ def float_dtypes(X: Any) -> list[Any]:
 
     scikit-learn asks arrays and pandas for their dtype, but no other frames.
     """
-    if hasattr(X, "columns") and np.asarray(X[:1]).dtype == np.float32:
-        return [np.float32]
+    if hasattr(X, "columns"):
+        own = {getattr(dtype, "numpy_dtype", dtype) for dtype in getattr(X, "dtypes", ())}
+        if own == {np.dtype(np.float32)} or np.asarray(X[:1]).dtype == np.float32:
+            return [np.float32]
     return [np.float64, np.float32]
 
 
-def check_present(y: Any) -> None:
-    """Objects that stand for a missing label; what is a number scikit-learn finds itself."""
+def known_labels(y: Any) -> Any:
+    """Labels of which none is missing; integers that are objects, as those of a frame may be, as
+    integers."""
     labels = np.asarray(y)
+    if isinstance(y, np.ma.MaskedArray) and np.ma.is_masked(y):
+        raise ValueError(
+            f"Input y has {np.ma.count_masked(y)} masked labels; drop the rows without a label."
+        )
     if labels.dtype != object or labels.ndim != 1:
-        return
+        return y
     for row, label in enumerate(labels):
         if _is_missing(label):
             raise ValueError(
                 f"Input y contains NaN or another missing value: {label!r} in row {row}; "
                 "drop the rows without a label."
             )
+    if all(isinstance(label, Integral) and not isinstance(label, bool) for label in labels):
+        return np.array(labels.tolist())
+    return y
 
 
 def _is_missing(label: Any) -> bool:

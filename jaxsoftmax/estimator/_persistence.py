@@ -7,6 +7,7 @@ safetensors itself notices a truncated file, not a changed number.
 import hashlib
 import json
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,8 @@ def load(path: str | PathLike[str]) -> Contents:
     _require_safetensors()
     from safetensors import SafetensorError, safe_open
 
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder, no safetensors file")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}

@@ -208,8 +208,10 @@ def _difference(z: Array, t: Array, where: Array | None, rows: Rows) -> Array:
     """p - q, with the digits that it has between distributions that are close."""
     p = row_softmax(z, where, rows)
     _, delta, both, q = _log_ratio(z, t, where, rows)
-    log_ratio = delta - row_kl_divergence(z, t, where, rows)
-    return jnp.where(both & (jnp.abs(log_ratio) < 0.5), q * jnp.expm1(log_ratio), p - q)
+    divergence = row_kl_divergence(z, t, where, rows)
+    # Between others log(p / q) is off by more than p - q is.
+    close = both & (jnp.abs(delta) + divergence < 1)
+    return jnp.where(close, q * jnp.expm1(delta - divergence), p - q)
 
 
 @_difference.defjvp

@@ -26,7 +26,7 @@ class Rows(NamedTuple):
         length = self._length(values)
         if self._leads(values):
             total = _times_ones(values, self.axes[0], 1)
-        elif _on_cpu() and values.size == length > 4096:
+        elif _on_cpu() and _is_known(values) and values.size == length > 4096:
             # XLA:CPU of jax 0.10 adds the products of one long row in a single accumulator, which
             # for 70000 equal ones is off by 5500 eps. A product with ones has more of them.
             width = next((w for w in range(1024, 127, -1) if length % w == 0), 256)
@@ -79,7 +79,8 @@ class Rows(NamedTuple):
         of the others.
         """
         dtype = values.dtype
-        if dtype.itemsize < 4 and (self._leads(values) or values.size < 4096):
+        small = _is_known(values) and values.size < 4096
+        if dtype.itemsize < 4 and (self._leads(values) or small):
             # XLA:CPU's library, to which it gives larger arrays, is as fast in bfloat16 as in
             # float32, and spares a wide copy. A loop is slow in bfloat16.
             values = values.astype(jnp.float32)
@@ -104,7 +105,7 @@ class Rows(NamedTuple):
 
     def _is_plain(self, values: Array) -> bool:
         """Whether a row is one axis, not empty, of an array on a CPU, not on an explicit mesh."""
-        if not _on_cpu() or len(self.axes) != 1 or not self._length(values):
+        if not (_on_cpu() and len(self.axes) == 1 and _is_known(values) and self._length(values)):
             return False
         return not any(jax.typeof(values).sharding.spec)
 
@@ -195,6 +196,11 @@ def _one_loop(values: Sequence[Array], axis: int, fold: _Fold) -> Sequence[Array
 
 def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
+
+
+def _is_known(values: Array) -> bool:
+    """Whether the sizes are numbers: `jax.export` has programs for any size."""
+    return all(isinstance(size, int) for size in values.shape)
 
 
 def _times_ones(values: Array, axis: int, length: int) -> Array:

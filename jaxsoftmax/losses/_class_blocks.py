@@ -56,6 +56,8 @@ def statistics(
         return _blockwise_statistics(
             x, w, b, y, a, form._replace(block_size=min(form.block_size, classes))
         )
+    if not isinstance(examples, int):  # while a program for any number of them is exported
+        examples = _LOGITS // max(classes, 1024)
     if classes > 1024 or examples * classes <= _LOGITS:
         largest = max(_LOGITS // max(examples, 1), 128)
         divisors = (size for size in range(largest, largest // 2, -1) if classes % size == 0)
@@ -152,10 +154,11 @@ def _blockwise_statistics_jvp(form: Form, primals: Any, tangents: Any) -> Any:
             residual = jnp.where(_is_label(classes, y), jnp.expm1(-values.label_loss)[:, None], p)
             d_label = jnp.sum(residual * dz, -1)
         if weight is not None:
-            d_smoothing = jnp.sum((weight * p - (1 if classes.a is None else classes.a)) * dz, -1)
+            a_k = 1 if classes.a is None else classes.a[None]
+            d_smoothing = jnp.sum((weight * p - a_k) * dz, -1)
             if tangents.a is not None:
                 gap = jnp.where(z == -jnp.inf, 0, log_z - z)
-                d_smoothing += jnp.sum(gap * tangents.a.astype(gap.dtype), -1)
+                d_smoothing += jnp.sum(gap * tangents.a.astype(gap.dtype)[None], -1)
         return Statistics(d_log_z, d_label, d_smoothing)
 
     # As a checkpoint a block keeps its inputs for the backward pass, not its logits.
@@ -206,7 +209,8 @@ def _sum_block(x: Array, y: Array | None, classes: _Classes, form: Form) -> _Sum
     if form.smoothing:
         gap = m[:, None] - z
         if classes.a is not None:
-            gap = jnp.where(classes.a == 0, 0, classes.a.astype(z.dtype) * gap)
+            a = classes.a.astype(z.dtype)[None]
+            gap = jnp.where(a == 0, 0, a * gap)
         gaps, weight = jnp.sum(gap, -1), _sum_weights(classes, z.dtype)
     return _Sums(m, jnp.sum(e, -1), label_logit, gaps, weight)
 
@@ -256,7 +260,7 @@ def _logits(x: Array, classes: _Classes, form: Form) -> Array:
     w, b = classes.w, classes.b
     assert w is not None
     z = _product(x, w, logits_dtype(x, w, b))
-    return _cap(z if b is None else z + b.astype(z.dtype), form.softcap)
+    return _cap(z if b is None else z + b.astype(z.dtype)[None], form.softcap)
 
 
 def _logits_jvp(
@@ -274,7 +278,7 @@ def _logits_jvp(
     if tangents.w is not None:
         dz += _product(x.astype(z.dtype), tangents.w, z.dtype)
     if tangents.b is not None:
-        dz += tangents.b.astype(z.dtype)
+        dz += tangents.b.astype(z.dtype)[None]
     capped: tuple[Array, Array] = jax.jvp(lambda z: _cap(z, form.softcap), (z,), (dz,))
     return capped
 
@@ -285,7 +289,7 @@ def _hold_in_block(classes: _Classes) -> _Classes:
 
 
 def _is_label(classes: _Classes, y: Array) -> Array:
-    return classes.numbers == y[:, None]
+    return classes.numbers[None] == y[:, None]
 
 
 def _label_logit(z: Array, classes: _Classes, y: Array) -> Array:

@@ -185,9 +185,11 @@ def _cross_entropy(
 
     def expect(coefficients: Array) -> Array:
         if options.class_weight is not None:
-            # Masked classes and those with coefficient 0 count for nothing, whatever their weight.
             weights = options.class_weight.astype(dtype).reshape(_along(axis, logits.ndim))
-            coefficients = _labels.scale(coefficients, fill_masked(where, weights))
+            if where is not None:
+                # A masked class counts only if a label names it, whatever its weight but 0.
+                weights = jnp.where(where, weights, (weights != 0).astype(dtype))
+            coefficients = _labels.scale(coefficients, weights)
         return _expectation(coefficients, logits, where, rows)
 
     label_coefficient = smoothing_loss = None

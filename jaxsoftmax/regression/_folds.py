@@ -69,6 +69,7 @@ def fold_masks(
 ) -> Shaped[Array, "folds examples"]:
     """1 for examples that a fold holds out, 0 for those that it fits, -1 for neither."""
     examples = labels.shape[0]
+    folds = _checks.as_jax_takes_it("folds", folds)
     rank = np.ndim(folds)
     if rank == 0:
         count = _checks.integer("folds", cast(int, folds), least=2)
