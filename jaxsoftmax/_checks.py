@@ -44,11 +44,12 @@ def _described(value: Any) -> str:
     """A value in words for a message: of an array its shape and dtype, and what is no number."""
     if not isinstance(value, Array) and hasattr(value, "__array__"):
         value = np.asarray(value)
-    if not isinstance(value, (Array, np.ndarray)) or not value.ndim:
+    if not isinstance(value, Array | np.ndarray) or not value.ndim:
         return reprlib.repr(value)  # the beginning of a long one
     words = f"an array of shape {value.shape} and dtype {value.dtype}"
     if value.dtype == object:
-        other = next((v for v in value.flat if not isinstance(v, numbers.Number)), None)
+        entries = np.asarray(value).flat
+        other = next((v for v in entries if not isinstance(v, numbers.Number)), None)
         words += f" with the entry {other!r}" if other is not None else ""
     return words
 
@@ -56,10 +57,9 @@ def _described(value: Any) -> str:
 def as_jax_takes_it(name: str, value: Any) -> Any:
     """`value`, of which an array of NumPy has no mask, and the byte order of the machine."""
     if isinstance(value, np.ma.MaskedArray):
-        if np.ma.is_masked(value):
+        if count := np.sum(value.mask):
             raise ValueError(
-                f"{name} must have no masked entry, got {np.ma.count_masked(value)}: fill them or "
-                "drop their examples"
+                f"{name} must have no masked entry, got {count}: fill them or drop their examples"
             )
         value = value.data
     if isinstance(value, np.ndarray | np.generic):

@@ -34,7 +34,7 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "cross_entropy": lambda x, y: cross_entropy(x, y),
     "linear_cross_entropy": lambda x, y: linear_cross_entropy(x, WEIGHTS, y),
     "fit": lambda x, y: fit(x, y, num_classes=3).params,
-    "cross_validate": lambda x, y: cross_validate(x, y, num_classes=3, l2s=[1.0]).log_loss,
+    "cross_validate": lambda x, y: cross_validate(x, y, num_classes=3, l2s=np.ones(1)).log_loss,
 }
 over_calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
@@ -71,7 +71,7 @@ def test_masked_and_missing_labels_are_errors(name: str) -> None:
     with pytest.raises(ValueError, match="labels must have no masked entry, got 4"):
         CALLS[name](FEATURES, masked)
     missing = pd.Series([*LABELS[:11], None], dtype="Int64")
-    with pytest.raises(TypeError, match="labels .* integer"):
+    with pytest.raises(TypeError, match=r"labels .* integer"):
         CALLS[name](FEATURES, missing)
 
 

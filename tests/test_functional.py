@@ -935,17 +935,6 @@ def test_bad_inputs_are_named() -> None:
         softmax(jnp.zeros(3), axis_name="classes")
 
 
-@pytest.mark.single
-def test_no_rank_is_promoted() -> None:
-    x, where, t = jnp.zeros((2, 3)), np.array([True, False, True]), jnp.array([2.0])
-    with jax.numpy_rank_promotion("raise"):
-        for f in (softmax, log_softmax, softmax_jacobian):
-            f(x, where=where, temperature=t)
-        logsumexp(x, -1, jnp.ones(3), where=where)
-        entropy(x, where=where)
-        kl_divergence(x, x, where=where)
-
-
 # Entropy and divergence
 
 

@@ -686,15 +686,6 @@ def test_bad_arguments_are_named(
 
 
 @pytest.mark.single
-def test_no_rank_is_promoted() -> None:
-    z, p, where = logits(2, 3), probabilities(2, 3), np.array([True, False, True])
-    options: dict[str, Any] = {"where": where, "class_weight": np.ones(3), "z_loss": 0.1}
-    with jax.numpy_rank_promotion("raise"):
-        cross_entropy(z, np.array([0, 2]), label_smoothing=0.1, ignore_label=2, **options)
-        cross_entropy(z, p, label_smoothing=0.1, **options)
-
-
-@pytest.mark.single
 @pytest.mark.usefixtures("no_jaxtyping")
 def test_complex_logits_are_refused() -> None:
     with pytest.raises(TypeError, match="logits must hold real numbers, got dtype complex64"):

@@ -95,10 +95,8 @@ def known_labels(y: Any) -> Any:
     """Labels of which none is missing; integers that are objects, as those of a frame may be, as
     integers."""
     labels = np.asarray(y)
-    if isinstance(y, np.ma.MaskedArray) and np.ma.is_masked(y):
-        raise ValueError(
-            f"Input y has {np.ma.count_masked(y)} masked labels; drop the rows without a label."
-        )
+    if isinstance(y, np.ma.MaskedArray) and (count := np.sum(y.mask)):
+        raise ValueError(f"Input y has {count} masked labels; drop the rows without a label.")
     if labels.dtype != object or labels.ndim != 1:
         return y
     for row, label in enumerate(labels):

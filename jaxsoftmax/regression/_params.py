@@ -48,4 +48,4 @@ def linear_logits(
             f"features must have shape (..., {width}) to fit weights of shape {weights.shape}, "
             f"got shape {x.shape}"
         )
-    return x.astype(weights.dtype) @ weights.T + bias
+    return x.astype(weights.dtype) @ weights.T + bias.reshape((1,) * (x.ndim - 1) + bias.shape)

@@ -87,8 +87,10 @@ def _diverging(params: Params, problem: Problem, *, fit_bias: bool) -> Params:
     _, point = evaluate(rows, penalty, table)
     step = solve_hessian(table, rows, penalty, -point.gradient, fit_bias=fit_bias)
     mean = problem.share @ problem.features
-    deviation = problem.share @ jnp.abs(problem.features - mean)
+    deviation = problem.share @ jnp.abs(problem.features - mean[None])
     # Of the logits, which of a separated example move by about 1.
-    moves = Params(jnp.abs(step.weights) * deviation, jnp.abs(step.bias + step.weights @ mean))
+    moves = Params(
+        jnp.abs(step.weights) * deviation[None], jnp.abs(step.bias + step.weights @ mean)
+    )
     largest = jnp.maximum(moves.weights.max(), moves.bias.max())
     return jax.tree.map(lambda move: (move > 0.1 * largest) & (largest > 0.1), moves)

@@ -252,5 +252,5 @@ def _score_sums(rows: Examples, table: Array) -> tuple[Scores, Array]:
             known.astype(losses.dtype),
         )
     )
-    *sums, share = jnp.sum(jnp.where(rows.share == 0, 0, rows.share * values), (1, 3))
+    *sums, share = jnp.sum(jnp.where(rows.share == 0, 0, rows.share[None] * values), (1, 3))
     return Scores(*sums), share
