@@ -259,9 +259,12 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
             # An example of weight 0 is no example: it does not count as one of its class.
             counted = weight > 0 if class_weight == "balanced" else np.ones(len(y), bool)
             classes = np.unique(y[counted]) if class_weight == "balanced" else self.classes_
-            per_class = compute_class_weight(
-                class_weight, classes=classes, y=y[counted], sample_weight=weight[counted]
-            )
+            if class_weight == "balanced":
+                per_class = compute_class_weight(
+                    class_weight, classes=classes, y=y[counted], sample_weight=weight[counted]
+                )
+            else:
+                per_class = _weight_per_class(class_weight, classes.tolist())
             if (per_class < 0).any():
                 raise ValueError(f"class_weight must not be negative, got {class_weight}")
             weight = weight.copy()
@@ -313,6 +316,14 @@ def _linked(params: Params, features: Array, link: Callable[[Array], Array] | No
         others = jnp.where(logits == jnp.inf, -jnp.inf, 0)
         logits = jnp.concatenate([others, jnp.where(logits == jnp.inf, 0, logits)], 1)
     return link(logits)
+
+
+def _weight_per_class(class_weight: dict[Any, float], classes: list[Any]) -> Numbers:
+    """The weights of a dict, 1 where it has none; its other keys are ignored if it names all."""
+    missing = [label for label in classes if label not in class_weight]
+    if missing and len(class_weight) > len(classes) - len(missing):
+        raise ValueError(f"The classes, {missing}, are not in class_weight")
+    return np.array([class_weight.get(label, 1.0) for label in classes], np.float64)
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -25,7 +25,7 @@ class Rows(NamedTuple):
     def sum(self, values: Array) -> Array:
         length = self._length(values)
         if self._leads(values):
-            total = _times_ones(values, self.axes[0], 1)
+            total = _sum_of_leading(values)
         elif _on_cpu() and _is_known(values) and values.size == length > 4096:
             # XLA:CPU of jax 0.10 adds the products of one long row in a single accumulator, which
             # for 70000 equal ones is off by 5500 eps. A product with ones has more of them.
@@ -45,7 +45,7 @@ class Rows(NamedTuple):
             return total  # one number per row, also for the transpose to add up over the mesh
         if self.is_short(values):
             return lax.concatenate([total] * self._length(values), *self.axes)
-        if self._leads(values):
+        if self._leads(values) and self._length(values) <= _ACCUMULATED:
             return _times_ones(total, self.axes[0], self._length(values))
         return total
 
@@ -201,6 +201,24 @@ def _on_cpu() -> bool:
 def _is_known(values: Array) -> bool:
     """Whether the sizes are numbers: `jax.export` has programs for any size."""
     return all(isinstance(size, int) for size in values.shape)
+
+
+# The most products that XLA:CPU may add up in one accumulator.
+_ACCUMULATED = 2048
+
+
+def _sum_of_leading(values: Array) -> Array:
+    """The sum over the first axis, which keeps size 1."""
+    length, width = len(values), 256
+    if length <= _ACCUMULATED:
+        return _times_ones(values, 0, 1)
+    # 256 long rows, each a block of as many rows as the last one.
+    count, rest = divmod(length, width)
+    blocks = values[: count * width].reshape(width, count, *values.shape[1:])
+    totals = _times_ones(blocks, 0, 1)[0]
+    if rest:
+        totals = jnp.concatenate([totals, _times_ones(values[count * width :], 0, 1)])
+    return _sum_of_leading(totals)
 
 
 def _times_ones(values: Array, axis: int, length: int) -> Array:

@@ -113,6 +113,9 @@ def centre(t: Array, p: Array, rows: Rows) -> Array:
     restores what the rounding of the first lost, so that a saturated row keeps its tiny derivative
     and a row of the transpose sums to 0.
     """
+    # Where t is a product, XLA may contract it and the first subtraction into a fused multiply-add
+    # at one place and not at another, which the second can not restore. A selection keeps it out.
+    t = jnp.where(p == p, t, 0)
     for _ in range(2):
         t = t + rows.expand(-rows.sum(p * t), t)
     return t

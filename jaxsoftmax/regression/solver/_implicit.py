@@ -38,8 +38,10 @@ def solve_hessian(
     coordinates = lax.stop_gradient(
         standard_coordinates(features, rows.share[0, 0], fit_bias=fit_bias, plan=DEFAULT)
     )
-    # A column without deviation has a derivative: that with respect to its entries.
-    inverse = jnp.where(coordinates.inverse > 0, coordinates.inverse, 1)
+    # A column without deviation has a derivative, that with respect to its entries, if a penalty
+    # keeps its weights.
+    deviates = coordinates.inverse > 0
+    inverse = jnp.where(deviates, coordinates.inverse, 1)
     coordinates = coordinates._replace(inverse=inverse)
     point = point_at(rows, table)
     rows = replace(rows, design=Dense(coordinates.standardise(features)))
@@ -47,7 +49,8 @@ def solve_hessian(
     penalty = Ridge(weight, 0 * weight)
     present = rows.present.astype(dtype)
     bias = jnp.asarray(fit_bias, dtype)
-    free = jnp.append(jnp.ones(inverse.size, dtype), bias)[None, None]
+    varies = (deviates | (weight[0, 0, :-1] > 0)).astype(dtype)
+    free = jnp.append(varies, bias)[None, None]
 
     def project(table: Array) -> Array:
         mean = jnp.sum(present * table, 0, keepdims=True) / jnp.sum(present)
