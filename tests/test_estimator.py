@@ -789,3 +789,23 @@ def test_it_is_fit_that_computes() -> None:
     with jax.enable_x64(True):
         result = fit(X, y, num_classes=3, l2=1 / len(y), tol=1e-12)
     np.testing.assert_allclose(fitted().coef_, result.params.weights, rtol=1e-5)
+
+
+@pytest.mark.single
+def test_classes_named_by_digits_have_weights() -> None:
+    X, y = load_iris(return_X_y=True)
+    weights = [5.0, 1.0, 0.5]
+    digits, letters = (
+        SoftmaxRegression(class_weight=dict(zip(names, weights, strict=True))).fit(X, names[y])
+        for names in (np.array(["1", "2", "3"]), np.array(["a", "b", "c"]))
+    )
+    np.testing.assert_array_equal(digits.coef_, letters.coef_)
+
+
+@pytest.mark.single
+def test_a_batch_of_weight_zero_changes_nothing() -> None:
+    X, y = load_iris(return_X_y=True)
+    model = SoftmaxRegression().partial_fit(X, y, classes=np.arange(3))
+    before = model.coef_.copy()
+    model.partial_fit(X, y, sample_weight=np.zeros(len(y)))
+    np.testing.assert_array_equal(model.coef_, before)

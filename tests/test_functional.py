@@ -1079,3 +1079,31 @@ def test_bad_arguments_of_entropy_divergence_and_temperature_are_named() -> None
                 f(x, temperature=t)
         with pytest.raises(TypeError, match="temperature must hold real numbers, got dtype compl"):
             f(x, temperature=1j)
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("length", [70_000, 1_000_000])
+def test_a_long_leading_axis_is_added_up_in_more_than_one_accumulator(length: int) -> None:
+    x = np.random.default_rng(0).normal(size=(length, 2)).astype(np.float32)
+    exact = np.exp(x.astype(np.float64))
+    exact /= exact.sum(0)
+    np.testing.assert_allclose(softmax(x, 0), exact, rtol=(4 + np.log2(length)) * eps(jnp.float32))
+
+
+@pytest.mark.single
+def test_the_derivative_at_a_temperature_keeps_its_tail_inside_jit() -> None:
+    x = jnp.array([0.0, -7.0])
+    v = jnp.array([-0.68228679895401, -0.3522486388683319])
+
+    def tangent(t: jax.Array) -> jax.Array:
+        return jax.jvp(lambda x: softmax(x, temperature=t), (x,), (v,))[1]
+
+    found = jax.jit(tangent)(jnp.float32(0.1785457730293274))
+    np.testing.assert_allclose(found, [-1.7378994e-17, 1.7378994e-17], rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e7])
+def test_the_gradient_of_a_large_divergence_does_not_cancel(size: float) -> None:
+    z = jnp.array([0.0, 0.0, -size])
+    gradient = jax.grad(kl_divergence)(z, jnp.zeros(3))
+    np.testing.assert_allclose(gradient, [1 / 6, 1 / 6, -1 / 3], rtol=1e-6)

@@ -690,3 +690,16 @@ def test_bad_arguments_are_named(
 def test_complex_logits_are_refused() -> None:
     with pytest.raises(TypeError, match="logits must hold real numbers, got dtype complex64"):
         cross_entropy(jnp.zeros((3, 4), jnp.complex64), jnp.zeros(3, int))
+
+
+@pytest.mark.single
+@pytest.mark.usefixtures("no_debug_nans")
+@pytest.mark.parametrize("class_weight", [None, np.ones(2), np.array([1.0, np.nan])])
+def test_a_probability_of_a_masked_class_is_infinite_whatever_its_weight(class_weight: Any) -> None:
+    where = np.array([True, False])
+    loss = cross_entropy(
+        jnp.zeros(2), jnp.array([0.5, 0.5]), where=where, class_weight=class_weight
+    )
+    assert loss == jnp.inf
+    own = cross_entropy(jnp.zeros(2), jnp.array([1.0, 0.0]), where=where, class_weight=class_weight)
+    assert own == 0

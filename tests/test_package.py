@@ -40,7 +40,10 @@ def test_every_public_name_is_there_and_has_a_docstring() -> None:
         assert getattr(jaxsoftmax, name).__doc__
 
 
-def test_the_progress_bar_without_tqdm_says_what_to_install() -> None:
+@pytest.mark.parametrize(("progress", "fails"), [("None", False), ("True", True)])
+def test_without_tqdm_a_progress_bar_is_an_error_where_it_is_wanted(
+    progress: str, fails: bool
+) -> None:
     code = (
         "import sys; sys.modules['tqdm'] = None\n"
         "import jax, numpy as np, optax\n"
@@ -48,11 +51,12 @@ def test_the_progress_bar_without_tqdm_says_what_to_install() -> None:
         "optimizer = optax.sgd(0.1)\n"
         "state = training.init(1, 2, optimizer=optimizer)\n"
         "training.train(state, np.ones((2, 1)), np.array([0, 1]), optimizer=optimizer,\n"
-        "               key=jax.random.key(0), epochs=1, batch_size=2)\n"
+        f"               key=jax.random.key(0), epochs=1, batch_size=2, progress={progress})\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode == 1
-    assert "pip install 'jaxsoftmax[train]', or pass progress=False" in run.stderr
+    assert run.returncode == int(fails)
+    said = "pip install 'jaxsoftmax[train]', or pass progress=False" in run.stderr
+    assert said == fails
 
 
 def test_types_and_version_are_shipped() -> None:

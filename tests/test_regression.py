@@ -679,3 +679,13 @@ def test_bad_arguments_are_named(
     }
     with pytest.raises(error, match=message):
         fit(**(good | kwargs))
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("constant", [0.0, 1.0, 3.7, -250.0])
+def test_a_constant_column_hides_no_diverging_one(constant: float) -> None:
+    features = np.array([[constant, x] for x in (-3, -2, -1, 1, 2, 3)], np.float32)
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    result = fit(features, labels, num_classes=2, l2=0.0)
+    found = diverging_weights(result.params, features, labels)
+    np.testing.assert_array_equal(found.weights.any(0), [False, True])

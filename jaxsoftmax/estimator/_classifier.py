@@ -192,7 +192,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         labels = self._encoded(y)
         weight = self._weights(sample_weight, self.class_weight, X, y)
         if not weight.any():
-            if sample_weight is not None and not np.any(sample_weight):
+            if sample_weight is not None and not np.asarray(sample_weight).any():
                 raise ValueError("Sample weights must contain at least one non-zero number.")
             raise ValueError(f"class_weight leaves no example a weight: {self.class_weight}")
         share = (weight / weight.max()).astype(X.dtype)
@@ -254,7 +254,11 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
 
     def _weights(self, sample_weight: Any, class_weight: Any, X: Numbers, y: Numbers) -> Numbers:
         """Weights of the examples in float64, those of their classes included."""
-        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        # That all are 0 scikit-learn refuses, which for a batch of `partial_fit` is no error.
+        nothing = sample_weight is not None and not np.asarray(sample_weight).any()
+        given = np.ones(np.asarray(sample_weight).shape) if nothing else sample_weight
+        weight = _check_sample_weight(given, X, dtype=np.float64, ensure_non_negative=True)
+        weight = 0 * weight if nothing else weight
         if class_weight is not None:
             # An example of weight 0 is no example: it does not count as one of its class.
             counted = weight > 0 if class_weight == "balanced" else np.ones(len(y), bool)
