@@ -1,12 +1,10 @@
 """Argument checks on types, dtypes and shapes, made when a function is traced.
 
 Every message names the argument and says what was expected and what came. Values are checked only
-where they are known, see `known`.
+where they are known, see `_arrays.known`.
 """
 
-import numbers
 import operator
-import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,114 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
-from numpy.typing import NDArray
 
-from jaxsoftmax import _runtime
+from jaxsoftmax import _arrays, _runtime
 
 Axis = int | Sequence[int] | None
 AxisName = str | tuple[str, ...] | None
-
-
-def known(value: ArrayLike) -> NDArray[Any] | None:
-    """The numbers of an array, or None if it is being traced or spread over several hosts.
-
-    Checks of values work on these: inside a trace jax.numpy makes tracers even of known numbers.
-    """
-    if not isinstance(value, Array) and hasattr(value, "__jax_array__"):
-        value = value.__jax_array__()
-    if isinstance(value, jax.core.Tracer):
-        return None
-    if isinstance(value, Array) and not value.is_fully_addressable:
-        return None
-    try:
-        return np.asarray(value)
-    except jax.errors.TracerArrayConversionError:  # a list of tracers
-        return None
-
-
-def _described(value: Any) -> str:
-    """A value in words for a message: of an array its shape and dtype, and what is no number."""
-    if not isinstance(value, Array) and hasattr(value, "__array__"):
-        value = np.asarray(value)
-    if not isinstance(value, Array | np.ndarray) or not value.ndim:
-        return reprlib.repr(value)  # the beginning of a long one
-    words = f"an array of shape {value.shape} and dtype {value.dtype}"
-    if value.dtype == object:
-        entries = np.asarray(value).flat
-        other = next((v for v in entries if not isinstance(v, numbers.Number)), None)
-        words += f" with the entry {other!r}" if other is not None else ""
-    return words
-
-
-def as_jax_takes_it(name: str, value: Any) -> Any:
-    """`value`, of which an array of NumPy has no mask, and the byte order of the machine."""
-    if isinstance(value, np.ma.MaskedArray):
-        if count := np.sum(value.mask):
-            raise ValueError(
-                f"{name} must have no masked entry, got {count}: fill them or drop their examples"
-            )
-        value = value.data
-    if isinstance(value, np.ndarray | np.generic):
-        if not value.dtype.isnative:
-            value = value.astype(value.dtype.newbyteorder("="))
-        if value.dtype.kind == "f" and value.dtype.itemsize > 8:
-            raise TypeError(f"{name} must have at most 64 bits a number, got dtype {value.dtype}")
-    return value
-
-
-def array(name: str, value: ArrayLike) -> Array:
-    """`value` as a JAX array."""
-    if isinstance(value, Array):
-        return value
-    value = as_jax_takes_it(name, value)
-    try:
-        return jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{name} must be an array of numbers, got {_described(value)}") from error
-
-
-def own_dtype(value: ArrayLike | None) -> Any:
-    """The inexact dtype that a value has, or None: numbers of Python, weakly typed arrays and
-    integers take that of another."""
-    if not isinstance(value, (Array, np.ndarray, np.generic)):
-        return None
-    if isinstance(value, Array) and jax.typeof(value).weak_type:
-        return None
-    dtype = jax.dtypes.canonicalize_dtype(value.dtype.newbyteorder("="))
-    return dtype if jnp.issubdtype(dtype, jnp.inexact) else None
-
-
-def label_array(value: ArrayLike, ignore_label: int | None = None) -> Array:
-    """Labels as a JAX array; integers too large for its dtype stay out of range, unwrapped."""
-    if isinstance(value, Array):
-        return value
-    value = as_jax_takes_it("labels", value)
-    try:
-        labels = known(value)
-    except (TypeError, ValueError):  # `array` says it
-        labels = None
-    if labels is not None and np.issubdtype(labels.dtype, np.integer):
-        limits = np.iinfo(jax.dtypes.canonicalize_dtype(labels.dtype))
-        beyond = limits.max - (ignore_label == limits.max)
-        value = np.where((labels < limits.min) | (labels > limits.max), beyond, labels)
-    return array("labels", value)
-
-
-def real_array(name: str, value: ArrayLike) -> Array:
-    """`value` as a floating-point array; integers and booleans become the default float."""
-    x = array(name, value)
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_:
-        return x.astype(jnp.result_type(float))
-    raise TypeError(f"{name} must hold real numbers, got dtype {x.dtype}")
 
 
 def mask_array(name: str, value: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
     """`value` as a boolean array that broadcasts to `shape`, made of its rank, or None."""
     if value is None:
         return None
-    mask = array(name, value)
+    mask = _arrays.array(name, value)
     if mask.dtype != jnp.bool_:
         raise TypeError(f"{name} must be boolean, got dtype {mask.dtype}")
     return broadcastable(name, mask, shape)
@@ -160,7 +62,7 @@ def has_shape(name: str, value: Array, shape: tuple[int, ...], meaning: str) -> 
 
 def boolean(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {_described(value)}")
+        raise TypeError(f"{name} must be True or False, got {_arrays.described(value)}")
     return value
 
 
@@ -176,7 +78,7 @@ def integer(name: str, value: int, *, least: int | None = None) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {_described(value)}") from None
+        raise TypeError(f"{name} must be an integer, got {_arrays.described(value)}") from None
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     return number
@@ -225,9 +127,9 @@ def axis_names(value: AxisName) -> AxisName:
 def temperature(value: ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
     """A floating-point array with size 1 on `axes` that broadcasts to `shape`, at least 0."""
     one_per_row = tuple(1 if axis in axes else size for axis, size in enumerate(shape))
-    t = real_array("temperature", value)
+    t = _arrays.real_array("temperature", value)
     t = broadcastable("temperature", t, one_per_row, ", one per row")
-    if (x := known(value)) is not None and not (x >= 0).all():
+    if (x := _arrays.known(value)) is not None and not (x >= 0).all():
         raise ValueError(f"temperature must be at least 0, got {x.min()}")
     return t
 
@@ -237,12 +139,12 @@ def scalar(
 ) -> Array:
     """`value` as a floating-point array of rank 0; if known, it is at least 0, or above 0, and no
     more than `most`."""
-    number = real_array(name, value)
+    number = _arrays.real_array(name, value)
     if number.ndim != 0:
         raise ValueError(
             f"{name} must be a scalar, got shape {number.shape}; use jax.vmap for several values"
         )
-    x = known(value)
+    x = _arrays.known(value)
     if x is not None and not (x > 0 if positive else x >= 0):
         raise ValueError(f"{name} must be {'above' if positive else 'at least'} 0, got {x}")
     if x is not None and most is not None and x > most:
@@ -260,18 +162,18 @@ def known_scalar(name: str, value: ArrayLike, *, positive: bool = False) -> _run
 
 def penalties(name: str, value: ArrayLike) -> Array:
     """`value` as a floating-point array of rank 1 with an entry; if known, of at least 0."""
-    l2s = real_array(name, value)
+    l2s = _arrays.real_array(name, value)
     if l2s.ndim != 1 or l2s.size == 0:
         raise ValueError(f"{name} must have shape (penalties,), got shape {l2s.shape}")
-    if (x := known(value)) is not None and not (x >= 0).all():
+    if (x := _arrays.known(value)) is not None and not (x >= 0).all():
         raise ValueError(f"{name} must be at least 0, got {x.min()}")
     return l2s
 
 
 def weights(name: str, value: ArrayLike, count: int) -> Array:
     """`value` as a floating-point array (count,); its numbers are checked if known."""
-    weight = has_shape(name, real_array(name, value), (count,), "(examples,)")
-    if (x := known(value)) is not None:
+    weight = has_shape(name, _arrays.real_array(name, value), (count,), "(examples,)")
+    if (x := _arrays.known(value)) is not None:
         if not (x >= 0).all():
             raise ValueError(f"{name} must not be negative or NaN, got {x.min()}")
         if not (x > 0).any():
@@ -286,14 +188,17 @@ def weights_and_offset(
     if sample_weight is not None:
         sample_weight = weights("sample_weight", sample_weight, shape[0])
     if offset is not None:
-        offset = real_array("offset", offset)
+        offset = _arrays.real_array("offset", offset)
         has_shape("offset", offset, shape, "(examples, classes)")
     return sample_weight, offset
 
 
 def parameters(weights: ArrayLike, bias: ArrayLike, prefix: str = "") -> tuple[Array, Array]:
     """Weights of rank 2 and the bias that fits them; `prefix` goes before their names."""
-    w, b = real_array(prefix + "weights", weights), real_array(prefix + "bias", bias)
+    w, b = (
+        _arrays.real_array(prefix + "weights", weights),
+        _arrays.real_array(prefix + "bias", bias),
+    )
     if w.ndim != 2:
         raise ValueError(
             f"{prefix}weights must have shape (classes, features), got shape {w.shape}"
@@ -308,11 +213,11 @@ def examples(
 
     Values of the labels are checked where they are known: classes in range, rows that sum to 1.
     """
-    x, y = real_array("features", features), label_array(labels)
+    x, y = _arrays.real_array("features", features), _arrays.label_array(labels)
     if x.ndim != 2 or x.shape[0] == 0 or width not in (None, x.shape[1]):
         expected = "(examples, features)" if width is None else f"(examples, {width})"
         raise ValueError(f"features must have shape {expected}, got shape {x.shape}")
-    values = known(labels)
+    values = _arrays.known(labels)
     if class_labels(y, x.shape[:1], "(examples,)"):
         if values is not None and not 0 <= values.min() <= values.max() < num_classes:
             raise ValueError(

@@ -29,7 +29,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Int, Shaped
 
-from jaxsoftmax import _checks
+from jaxsoftmax import _arrays, _checks
 from jaxsoftmax._progress import progress_bar
 from jaxsoftmax.losses import cross_entropy
 from jaxsoftmax.regression._data import make_problem
@@ -215,7 +215,7 @@ def shuffled_batches(
     """
     batch_size = _checks.integer("batch_size", batch_size, least=1)
     features, labels = (
-        np.asarray(_checks.as_jax_takes_it(name, value))
+        np.asarray(_arrays.as_jax_takes_it(name, value))
         for name, value in (("features", features), ("labels", labels))
     )
     if len(features) != len(labels):

@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Shaped
 
-from jaxsoftmax import _checks
+from jaxsoftmax import _arrays, _checks
 from jaxsoftmax._checks import Axis
 from jaxsoftmax.functional._reductions import Rows, check_rows
 from jaxsoftmax.functional._softmax import row_log_softmax, row_softmax
@@ -59,7 +59,7 @@ def entropy(
     Reference:
       Cover and Thomas (2006), Elements of Information Theory, eq. 2.1.
     """
-    z = upcast(_checks.real_array("logits", logits))
+    z = upcast(_arrays.real_array("logits", logits))
     mask, rows = check_rows(z, axis, where)
     return jnp.squeeze(_jit_entropy(z, mask, rows), rows.axes)
 
@@ -103,8 +103,8 @@ def kl_divergence(
     Reference:
       Kullback and Leibler (1951), On information and sufficiency, eq. 2.4.
     """
-    z = _checks.real_array("logits", logits)
-    t = _checks.real_array("target_logits", target_logits)
+    z = _arrays.real_array("logits", logits)
+    t = _arrays.real_array("target_logits", target_logits)
     _checks.has_shape("target_logits", t, z.shape, "(shape of logits)")
     dtype = compute_dtype(z.dtype, t.dtype)
     mask, rows = check_rows(z, axis, where)

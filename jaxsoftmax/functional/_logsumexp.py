@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Inexact, Shaped
 
-from jaxsoftmax import _checks
+from jaxsoftmax import _arrays, _checks
 from jaxsoftmax._checks import Axis, AxisName
 from jaxsoftmax.functional._reductions import Rows, check_rows
 from jaxsoftmax.functional._softmax import linear_map, softmax_from_residual, softmax_residual
@@ -110,15 +110,15 @@ def logsumexp(
       Blanchard, Higham, Higham (2021), Accurately computing the log-sum-exp and softmax functions,
       eq. 1.4.
     """
-    dtypes = {_checks.own_dtype(value) for value in (a, b)} - {None}
-    a, b = _checks.array("a", a), None if b is None else _checks.array("b", b)
+    dtypes = {_arrays.own_dtype(value) for value in (a, b)} - {None}
+    a, b = _arrays.array("a", a), None if b is None else _arrays.array("b", b)
     if jnp.iscomplexobj(a) or (b is not None and jnp.iscomplexobj(b)):
         b = jnp.ones((), a.dtype) if b is None else b
         return _complex_logsumexp(a, b, axis, keepdims, return_sign, where, axis_name, dtypes)
-    a = _checks.real_array("a", a)
+    a = _arrays.real_array("a", a)
     dtype = a.dtype
     if b is not None:
-        b = _checks.real_array("b", b)
+        b = _arrays.real_array("b", b)
         dtypes = dtypes or {dtype}
         dtype = dtypes.pop() if len(dtypes) == 1 else jnp.dtype(compute_dtype(*dtypes))
         a, b = (v.astype(compute_dtype(dtype)) for v in (a, b))

@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Shaped
 
-from jaxsoftmax import _checks
+from jaxsoftmax import _arrays, _checks
 from jaxsoftmax._checks import Axis, AxisName
 from jaxsoftmax.functional._reductions import Rows, check_rows
 from jaxsoftmax.functional._stable import (
@@ -79,7 +79,7 @@ def softmax(
       Bridle (1990), Probabilistic interpretation of feedforward classification network outputs, eq.
       1.
     """
-    x = _checks.real_array("x", x)
+    x = _arrays.real_array("x", x)
     z, mask, rows = _check_logits(x, axis, where, temperature, axis_name)
     return _jit_softmax(z, mask, rows).astype(x.dtype)
 
@@ -126,7 +126,7 @@ def log_softmax(
       >>> log_softmax(jnp.array([20.0, 0.0]))
       Array([-2.0611537e-09, -2.0000000e+01], dtype=float32)
     """
-    x = _checks.real_array("x", x)
+    x = _arrays.real_array("x", x)
     z, mask, rows = _check_logits(x, axis, where, temperature, axis_name)
     return _jit_log_softmax(z, mask, rows).astype(x.dtype)
 
@@ -169,7 +169,7 @@ def softmax_jacobian(
       Array([[ 0.25, -0.25],
              [-0.25,  0.25]], dtype=float32)
     """
-    x = _checks.real_array("x", x)
+    x = _arrays.real_array("x", x)
     index = _checks.axis_index(axis, x.ndim)
     z, mask, rows = _check_logits(upcast(x), index, where, temperature, None)
     p = jnp.moveaxis(_jit_softmax(z, mask, rows), index, -1)

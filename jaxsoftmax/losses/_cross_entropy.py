@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Shaped
 
-from jaxsoftmax import _checks
+from jaxsoftmax import _arrays, _checks
 from jaxsoftmax._checks import AxisName
 from jaxsoftmax.functional._logsumexp import row_logsumexp
 from jaxsoftmax.functional._reductions import Rows, check_rows
@@ -112,10 +112,10 @@ def cross_entropy(
       Rethinking the Inception architecture for computer vision, section 7 (label smoothing).
       Chowdhery et al. (2022), PaLM, section 5 (z-loss).
     """
-    logits = _checks.real_array("logits", logits)
+    logits = _arrays.real_array("logits", logits)
     if ignore_label is not None:
         ignore_label = _checks.integer("ignore_label", ignore_label)
-    labels = _checks.label_array(labels, ignore_label)
+    labels = _arrays.label_array(labels, ignore_label)
     if isinstance(axis, Sequence):
         if not axis or axis_name is not None:
             expected = "name an axis" if axis_name is None else "be a single one with axis_name"

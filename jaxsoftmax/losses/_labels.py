@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks
+from jaxsoftmax import _arrays, _checks
 from jaxsoftmax.functional._reductions import Rows
 from jaxsoftmax.functional._stable import nan_unless
 
@@ -33,7 +33,7 @@ def check_options(
 ) -> Options:
     """Check the options of a loss over `classes` classes; the Python number 0 leaves a term out."""
     if class_weight is not None:
-        weight = _checks.real_array("class_weight", class_weight)
+        weight = _arrays.real_array("class_weight", class_weight)
         class_weight = _checks.has_shape("class_weight", weight, (classes,), "(classes,)")
     smoothing = _checks.scalar("label_smoothing", label_smoothing, most=1.0)
     factor = _checks.scalar("z_loss", z_loss)

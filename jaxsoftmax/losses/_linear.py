@@ -18,7 +18,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
-from jaxsoftmax import _checks
+from jaxsoftmax import _arrays, _checks
 from jaxsoftmax._checks import AxisName
 from jaxsoftmax.functional._reductions import Rows
 from jaxsoftmax.functional._stable import nan_unless
@@ -141,7 +141,7 @@ def linear_cross_entropy(
     x, w, b = _check_layer(features, weights, bias)
     if ignore_label is not None:
         ignore_label = _checks.integer("ignore_label", ignore_label)
-    y = _checks.label_array(labels, ignore_label)
+    y = _arrays.label_array(labels, ignore_label)
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(f"labels must be integer classes, got dtype {y.dtype}")
     _checks.has_shape("labels", y, x.shape[:1], "(examples,)")
@@ -156,7 +156,7 @@ def _check_layer(
     features: ArrayLike, weights: ArrayLike, bias: ArrayLike | None
 ) -> tuple[Array, Array, Array | None]:
     """Check the arrays of a linear layer and their shapes."""
-    x, w = _checks.real_array("features", features), _checks.real_array("weights", weights)
+    x, w = _arrays.real_array("features", features), _arrays.real_array("weights", weights)
     if x.ndim != 2:
         raise ValueError(f"features must have shape (examples, features), got shape {x.shape}")
     if w.ndim != 2 or w.shape[0] == 0 or w.shape[1] != x.shape[1]:
@@ -166,7 +166,7 @@ def _check_layer(
         )
     if bias is None:
         return x, w, None
-    b = _checks.real_array("bias", bias)
+    b = _arrays.real_array("bias", bias)
     return x, w, _checks.has_shape("bias", b, w.shape[:1], "(classes,)")
 
 
@@ -176,7 +176,7 @@ def _check_form(block_size: int | None, softcap: float | None, axis_name: AxisNa
         block_size = _checks.integer("block_size", block_size, least=1)
     if softcap is not None:
         _checks.scalar("softcap", softcap, positive=True)
-        if (known := _checks.known(softcap)) is None:
+        if (known := _arrays.known(softcap)) is None:
             raise TypeError("softcap must be a number known to the trace, got a tracer")
         softcap = float(known)
     return Form(block_size, softcap, _checks.axis_names(axis_name))

@@ -77,3 +77,14 @@ def make_problem(
         share=share,
         offset=None if offset is None else offset.astype(dtype).T,
     )
+
+
+def problem_of(arguments: Arguments, *, num_classes: int) -> Problem:
+    """The problem that the arguments of a fit describe."""
+    return make_problem(
+        arguments.features,
+        arguments.labels,
+        arguments.sample_weight,
+        arguments.offset,
+        num_classes=num_classes,
+    )

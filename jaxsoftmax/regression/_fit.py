@@ -9,9 +9,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Shaped
 
-from jaxsoftmax import _checks
+from jaxsoftmax import _arrays, _checks
 from jaxsoftmax._runtime import Array, partitioned, precise
-from jaxsoftmax.regression._data import Arguments, make_problem
+from jaxsoftmax.regression._data import Arguments, problem_of
 from jaxsoftmax.regression._objective import as_they_came, evaluate, table_of
 from jaxsoftmax.regression._params import Params
 from jaxsoftmax.regression._penalty import Ridge
@@ -156,8 +156,8 @@ def check_arguments(
         if not isinstance(init, Params):
             raise TypeError(f"init must be a Params, got a {type(init).__name__}")
         init = Params(
-            weights=_checks.real_array("init.weights", init.weights),
-            bias=_checks.real_array("init.bias", init.bias),
+            weights=_arrays.real_array("init.weights", init.weights),
+            bias=_arrays.real_array("init.bias", init.bias),
         )
         _checks.has_shape("init.weights", init.weights, (num_classes, width), "(classes, features)")
         _checks.has_shape("init.bias", init.bias, (num_classes,), "(classes,)")
@@ -214,13 +214,7 @@ def _tangents(
     """At the optimum the gradient g is 0 whatever the problem: H dW = -dg, with dg at fixed W."""
 
     def rows_and_penalty(arguments: Arguments) -> tuple[Examples, Ridge]:
-        problem = make_problem(
-            arguments.features,
-            arguments.labels,
-            arguments.sample_weight,
-            arguments.offset,
-            num_classes=num_classes,
-        )
+        problem = problem_of(arguments, num_classes=num_classes)
         return as_they_came(problem, num_classes, arguments.l2)
 
     rows, penalty = rows_and_penalty(arguments)

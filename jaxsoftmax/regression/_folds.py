@@ -8,7 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Int, Shaped
 
-from jaxsoftmax import _checks
+from jaxsoftmax import _arrays, _checks
 from jaxsoftmax._runtime import Array, namespace
 
 _TIE = 64  # units of rounding within which means are equal
@@ -43,7 +43,7 @@ def stratified_folds(
       [0 0 1 1 0 0 1 1]
     """
     num_folds = _checks.integer("num_folds", num_folds, least=2)
-    classes = _checks.label_array(labels)
+    classes = _arrays.label_array(labels)
     if classes.ndim not in (1, 2):
         raise ValueError(
             f"labels must have shape (examples,) or (examples, classes), got shape {classes.shape}"
@@ -51,7 +51,7 @@ def stratified_folds(
     if not _checks.class_labels(classes, classes.shape[:1], "(examples,)"):
         classes = jnp.argmax(classes, 1)
     count = len(classes)
-    known = _checks.known(classes) if key is None else None
+    known = _arrays.known(classes) if key is None else None
     xp: Any = jnp if known is None else np  # of which NumPy has nothing to compile
     of: Any = classes if known is None else known
     shuffled = xp.arange(count) if key is None else jax.random.permutation(key, count)
@@ -69,7 +69,7 @@ def fold_masks(
 ) -> Shaped[Array, "folds examples"]:
     """1 for examples that a fold holds out, 0 for those that it fits, -1 for neither."""
     examples = labels.shape[0]
-    folds = _checks.as_jax_takes_it("folds", folds)
+    folds = _arrays.as_jax_takes_it("folds", folds)
     rank = np.ndim(folds)
     if rank == 0:
         count = _checks.integer("folds", cast(int, folds), least=2)
@@ -77,7 +77,7 @@ def fold_masks(
             raise ValueError(f"folds must be at most the {examples} examples, got {count}")
         masks = _members(stratified_folds(labels, count), count)
     elif rank == 1:
-        ids = _checks.known(folds)
+        ids = _arrays.known(folds)
         if ids is None:
             raise TypeError(
                 "folds as integers (examples,) must be known to the trace, since their number is a "
@@ -93,7 +93,7 @@ def fold_masks(
             )
         masks = _members(jnp.asarray(ids), int(ids.max()) + 1)
     else:
-        masks = _checks.array("folds", folds)
+        masks = _arrays.array("folds", folds)
         if masks.dtype == jnp.bool_:
             masks = masks.astype(jnp.int8)
         if masks.ndim != 2 or masks.shape[0] == 0 or masks.shape[1] != examples:
@@ -101,10 +101,10 @@ def fold_masks(
                 f"folds must have shape (folds, examples) = (folds, {examples}), "
                 f"got shape {masks.shape}"
             )
-    if (values := _checks.known(masks)) is not None:
+    if (values := _arrays.known(masks)) is not None:
         if not np.isin(values, (-1, 0, 1)).all():
             raise ValueError("folds as masks must be 1 (held out), 0 (fitted) or -1 (neither)")
-        counts = _checks.known(jnp.ones(examples) if sample_weight is None else sample_weight)
+        counts = _arrays.known(jnp.ones(examples) if sample_weight is None else sample_weight)
         for value, verb in ((1, "holds out"), (0, "fits")):
             if counts is None or (some := ((values == value) & (counts > 0)).any(1)).all():
                 continue
@@ -116,7 +116,7 @@ def fold_masks(
 
 
 def _members(ids: Array, count: int) -> Array:
-    known = _checks.known(ids)
+    known = _arrays.known(ids)
     ids = ids if known is None else known  # of which NumPy has nothing to compile
     xp = namespace(ids)
     return jnp.asarray((ids == xp.arange(count, dtype=ids.dtype)[:, None]).astype("int8"))

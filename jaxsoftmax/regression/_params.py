@@ -5,7 +5,7 @@ from typing import NamedTuple
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
-from jaxsoftmax import _checks
+from jaxsoftmax import _arrays, _checks
 from jaxsoftmax._runtime import Array
 
 
@@ -42,7 +42,7 @@ def linear_logits(
     """
     weights, bias = _checks.parameters(*params)
     width = weights.shape[1]
-    x = _checks.real_array("features", features)
+    x = _arrays.real_array("features", features)
     if x.ndim == 0 or x.shape[-1] != width:
         raise ValueError(
             f"features must have shape (..., {width}) to fit weights of shape {weights.shape}, "

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Shaped
 
-from jaxsoftmax import _checks
+from jaxsoftmax import _arrays, _checks
 from jaxsoftmax._runtime import partitioned, precise
 from jaxsoftmax.functional._stable import compute_dtype
 from jaxsoftmax.regression._data import Arguments, make_problem
@@ -177,7 +177,7 @@ def _cross_validated(arguments: Arguments, masks: Array, **static: Any) -> Cross
     fitted, held_out, l2s = _fold_weights(arguments, masks)
     fits, scores = validate(arguments, l2s, fitted, held_out, **static)
     arrays = l2s, fits, scores
-    known = jax.tree.map(_checks.known, arrays)
+    known = jax.tree.map(_arrays.known, arrays)
     if len(jax.tree.leaves(known)) < len(jax.tree.leaves(arrays)):
         return jax.jit(_chosen_and_packed)(*arrays)
     return jax.device_put(_chosen_and_packed(*known))

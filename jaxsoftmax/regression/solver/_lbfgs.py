@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxsoftmax._runtime import Array, namespace, precise, read
 from jaxsoftmax.functional._stable import compute_dtype
-from jaxsoftmax.regression._data import Arguments, make_problem
+from jaxsoftmax.regression._data import Arguments, problem_of
 from jaxsoftmax.regression._objective import objective
 from jaxsoftmax.regression._params import Params
 from jaxsoftmax.regression._result import Fit, Status
@@ -131,13 +131,7 @@ def _descend(
     arguments: Arguments, at: _Progress, threshold: Array, *, num_classes: int, fit_bias: bool
 ) -> _Progress:
     """Steps until the gradient norm is at most `threshold`, or no further step is allowed."""
-    problem = make_problem(
-        arguments.features,
-        arguments.labels,
-        arguments.sample_weight,
-        arguments.offset,
-        num_classes=num_classes,
-    )
+    problem = problem_of(arguments, num_classes=num_classes)
     l2 = arguments.l2.astype(compute_dtype(arguments.features.dtype))
     optimizer = optax.lbfgs()
 

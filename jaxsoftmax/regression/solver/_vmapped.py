@@ -27,7 +27,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jaxsoftmax import _checks
+from jaxsoftmax import _arrays
 from jaxsoftmax._runtime import Array
 from jaxsoftmax.functional._stable import compute_dtype
 from jaxsoftmax.regression._data import Arguments
@@ -64,7 +64,7 @@ def minimise(
 
 def is_penalised(l2: Any) -> bool:
     """Whether every penalty is known to be above 0."""
-    values = _checks.known(l2)
+    values = _arrays.known(l2)
     return values is not None and bool((values > 0).all())
 
 
